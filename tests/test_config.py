@@ -1,0 +1,131 @@
+"""Configs: the command line, YAML files, and what bad values are told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from unclip.config import from_dict, parse, to_dict
+from unclip.training.clip import TrainCLIPConfig
+from unclip.training.decoder import TrainDecoderConfig
+from unclip.training.prior import TrainPriorConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+KINDS = {
+    "clip": TrainCLIPConfig,
+    "prior": TrainPriorConfig,
+    "decoder": TrainDecoderConfig,
+    "upsampler": TrainDecoderConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section."""
+
+    rate: float = 1.0
+    """Not negative."""
+    sides: tuple[int, ...] = (1, 2)
+    """Numbers."""
+    kind: Literal["a", "b"] = "a"
+    """A closed choice."""
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"section.rate must not be negative; got {self.rate}: use 1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A config."""
+
+    section: Section = field(default_factory=Section)
+    """Nested."""
+    optional: Section | None = None
+    """Nested or absent."""
+    fresh: bool = False
+    """A switch."""
+    max_steps: int = 3
+    """A number."""
+
+
+def test_last_part_of_a_name_is_enough_and_dashes_are_underscores() -> None:
+    config = parse(Whole, ["--max-steps", "7", "--section.rate", "0.5", "--fresh"])
+    assert (config.max_steps, config.section.rate, config.fresh) == (7, 0.5, True)
+
+
+def test_a_switch_takes_a_value_too() -> None:
+    assert parse(Whole, ["--fresh", "false"]).fresh is False
+
+
+def test_yaml_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_steps: 5\nsection: {sides: [4, 5, 6]}\n")
+    config = parse(Whole, ["--config", str(file), "--max-steps", "9"])
+    assert config.section.sides == (4, 5, 6)
+    assert config.max_steps == 9
+    assert parse(Whole, [], default_config=file).max_steps == 5
+
+
+def test_round_trip_through_plain_values() -> None:
+    config = Whole(section=Section(sides=(3,)), optional=Section(rate=2.0))
+    assert from_dict(Whole, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_step": 1}, "did you mean 'max_steps'"),
+        ({"section": {"rat": 1}}, "did you mean 'section.rate'"),
+        ({"section": {"rate": -1}}, "section.rate must not be negative; got -1.0: use 1.0"),
+        ({"section": {"kind": "c"}}, "Got value: c"),
+        ({"optional": {"kind": "c"}}, "optional"),
+        ({"max_steps": "many"}, "max_steps"),
+    ],
+)
+def test_bad_values_name_the_field(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        from_dict(Whole, values)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--max-stesp", "3"], "did you mean 'max_steps'"),
+        (["--rate", "1"], "--section.rate"),  # two sections have a rate
+        (["--max-steps", "few"], "max_steps"),
+        (["--config", "no-such.yaml"], "no-such.yaml"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line_and_status_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if argv[0] == "--rate":
+        argv = ["--optional.rate", "1", *argv]
+    with pytest.raises(SystemExit) as stop:
+        parse(Whole, argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("section: {raet: 1}\n")
+    with pytest.raises(SystemExit):
+        parse(Whole, ["--config", str(file)])
+    assert (
+        "unknown config key 'section.raet': did you mean 'section.rate'" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_every_shipped_config_loads(path: Path) -> None:
+    if path.parent.name in KINDS:
+        parse(KINDS[path.parent.name], ["--config", str(path)])
+    else:
+        assert path.parent.name in ("oracle", "accelerate")

@@ -1,0 +1,61 @@
+"""Where training pictures come from: one config, one function, chosen by what `data` names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from unclip.data.captioned import CaptionedConfig, CaptionedDataset
+from unclip.data.images import WHITE
+from unclip.data.shapes import ShapesConfig, ShapesDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Captioned pictures, drawn or read."""
+
+    data: str = "shapes"
+    """`shapes` for the built-in world; else WebDataset tars (a path, a glob, a brace range), a
+    folder of captioned pictures, or a Hub data set `org/name`."""
+    image_size: int = 64
+    """Pictures are resized and centre-cropped to this side, px."""
+    crop_size: int | None = None
+    """Side of a random crop of that picture, px, for training upsamplers."""
+    caption_key: str = "txt"
+    """Tars: the extension that holds the caption, or a key of the json as in `json.caption`."""
+    image_column: str | None = None
+    """Hub data sets: the column of pictures; None finds it."""
+    caption_column: str | None = None
+    """Hub data sets and caption files: the column of captions; None finds it."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    background: tuple[int, int, int] = WHITE
+    """What transparent pictures are laid over, 0 to 255."""
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    """Which scenes, when `data` is `shapes`; sizes are taken from above."""
+
+
+def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
+    """The data set that `config` names.
+
+    Its samples are dicts of ``image`` [3, S, S] in [-1, 1], ``caption`` and ``key``.
+
+    Raises:
+        FileNotFoundError, ValueError: as `CaptionedDataset` does.
+    """
+    size: dict[str, Any] = {"image_size": config.image_size, "crop_size": config.crop_size}
+    if config.data == "shapes":
+        return ShapesDataset(replace(config.shapes, **size))
+    return CaptionedDataset(
+        CaptionedConfig(
+            data=config.data,
+            caption_key=config.caption_key,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            split=config.split,
+            background=config.background,
+            **size,
+        )
+    )

@@ -1,0 +1,31 @@
+"""Gaussian diffusion as mathematics that knows no network: the noise schedule, the three
+prediction targets and their loss, classifier-free guidance, and one sampling loop over diffusers'
+schedulers. Prior embeddings [B, D] and decoder images [B, C, H, W] share all of it, and training
+and sampling read the same schedule."""
+
+from unclip.diffusion.guidance import Context, Network, guided
+from unclip.diffusion.objective import NoiseSchedule, diffusion_loss, loss_weight
+from unclip.diffusion.sampling import make_generators, sample
+from unclip.diffusion.schedule import (
+    SAMPLERS,
+    DiffusionConfig,
+    alpha_bars,
+    make_scheduler,
+    sampling_timesteps,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "Context",
+    "DiffusionConfig",
+    "Network",
+    "NoiseSchedule",
+    "alpha_bars",
+    "diffusion_loss",
+    "guided",
+    "loss_weight",
+    "make_generators",
+    "make_scheduler",
+    "sample",
+    "sampling_timesteps",
+]

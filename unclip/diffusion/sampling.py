@@ -1,0 +1,154 @@
+"""The sampling loop, one for prior vectors and decoder images.
+
+Legend: B batch, ... data dimensions ([D] or [C, H, W]).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from unclip.diffusion.guidance import Context, Network, check_guidance_scale, guided
+from unclip.diffusion.objective import NoiseSchedule
+from unclip.diffusion.schedule import DiffusionConfig, make_scheduler, sampling_timesteps
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    schedule_config: DiffusionConfig,
+    shape: Sequence[int],
+    *,
+    context: Context,
+    null_context: Context | None = None,
+    guidance_scale: float = 1.0,
+    sampler: str = "ddim",
+    num_inference_steps: int = 50,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    x_T: Tensor | None = None,
+    progress: str | None = None,
+    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw x_0 from noise.
+
+    Each step turns the guided network output into an estimate of x_0, clamps it, and hands it to
+    a diffusers scheduler; the scheduler's arithmetic is fp32 whatever the network runs in.
+
+    Args:
+        network: `network(x_t, timesteps, context)`; sees x_t in `dtype` and timesteps [B].
+        schedule_config: the config that the network was trained with.
+        shape: of the result, [B, D] or [B, C, H, W].
+        context: the condition, batch B.
+        null_context: the absent condition, for guidance; see `guided`.
+        guidance_scale: 0 or more; 1 is off.
+        sampler: one of `SAMPLERS`. Only `ddpm` uses a learned variance; the others drop it.
+        num_inference_steps: 1 .. num_train_timesteps.
+        eta: noise of a `ddim` step, from 0 (none) to 1 (as much as DDPM's).
+        generators: one a sample. All noise of sample k comes from generator k, so it is the same
+            alone and in a batch; CPU generators make it the same on every device.
+        device: where to sample; by default where x_T or the context lies.
+        x_T: starting noise [B, ...]; by default drawn from the generators.
+        progress: text of a progress bar; None shows none.
+        callback: called each step as `callback(step, timestep, x_t, x_0)` with the step's input
+            and the clamped estimate of x_0.
+
+    Returns:
+        x_0, fp32 [B, ...].
+
+    Raises:
+        ValueError: an argument is out of its range, or the counts of `shape`, `generators` and
+            `x_T` differ.
+    """
+    check_guidance_scale(guidance_scale)
+    _check_eta(eta, sampler)
+    if len(generators) != shape[0]:
+        raise ValueError(
+            "generators must hold one generator a sample; "
+            f"got {len(generators)} for a batch of {shape[0]}: "
+            f"use make_generators(seed, {shape[0]})"
+        )
+    if x_T is not None and x_T.shape != tuple(shape):
+        raise ValueError(
+            f"x_T must have the shape of the result; got {list(x_T.shape)} for {list(shape)}: "
+            "pass x_T=None to draw it"
+        )
+    device = torch.device(device) if device is not None else _device_of(x_T, *context.values())
+    rngs = list(generators)
+
+    schedule = NoiseSchedule(schedule_config)
+    timesteps = sampling_timesteps(schedule_config, num_inference_steps)
+    # The scheduler is always told x_0, so that the clamped estimate needs no way back into eps or
+    # v, which at the noisy end would divide by alpha = 5e-5.
+    scheduler = make_scheduler(replace(schedule_config, prediction_type="x_0"), sampler, timesteps)
+    step_options: dict[str, Any] = {} if sampler == "unipc" else {"generator": rngs}
+    if sampler == "ddim":
+        step_options["eta"] = eta
+
+    if x_T is None:
+        x_T = randn_tensor(tuple(shape), generator=rngs, device=device, dtype=torch.float32)
+    x_t = x_T.to(device, torch.float32)
+
+    for step, timestep in enumerate(tqdm(timesteps, desc=progress, disable=progress is None)):
+        t = torch.full((shape[0],), timestep, device=device)
+        model_output = guided(
+            network,
+            x_t.to(dtype),
+            t,
+            context,
+            null_context,
+            guidance_scale,
+            learned_variance=schedule_config.variance == "learned_range",
+        )
+        prediction, variance = schedule.split_output(model_output, x_t)
+        x_0 = schedule.predict_x_0(x_t, prediction, t)
+        if schedule_config.clip_range is not None:
+            x_0 = x_0.clamp(-schedule_config.clip_range, schedule_config.clip_range)
+        if callback is not None:
+            callback(step, timestep, x_t, x_0)
+
+        estimate = x_0
+        if variance is not None and sampler == "ddpm":
+            estimate = torch.cat([x_0, variance.float()], dim=1)
+        index = num_inference_steps - 1 - step  # this timestep's place on the scheduler's chain
+        x_t = scheduler.step(estimate, index, x_t, **step_options).prev_sample
+    return x_t
+
+
+def make_generators(seed: int, count: int) -> list[torch.Generator]:
+    """`count` CPU generators; the k-th depends on (seed, k) alone: picture k of a seed is stable.
+
+    Torch's CPU generator keeps 32 bits of its seed. Generator k is seeded with hash(seed) + k
+    modulo 2^32: within a seed no two are alike, and neighbouring seeds share no pictures, as they
+    would with seed + k.
+
+    Raises:
+        ValueError: `count` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative; got {count}: use the number of samples")
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+    return [torch.Generator("cpu").manual_seed((start + k) % 2**32) for k in range(count)]
+
+
+def _check_eta(eta: float, sampler: str) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1; got {eta}: use 0 for no added noise")
+    if eta != 0 and sampler != "ddim":
+        raise ValueError(
+            f"eta must be 0 unless sampler is 'ddim'; got {eta} with {sampler!r}: "
+            "leave eta out or use sampler='ddim'"
+        )
+
+
+def _device_of(*tensors: Tensor | None) -> torch.device:
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))

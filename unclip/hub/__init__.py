@@ -1,0 +1,23 @@
+"""Names and folders of models: shipped with the package, on this computer, or on the Hugging Face
+Hub; loading them whole or in part, and writing them."""
+
+from unclip.hub.folders import (
+    Stages,
+    check_stages,
+    load_clip_of,
+    load_stages,
+    save_stages,
+    write_run_model,
+)
+from unclip.hub.names import resolve, shipped_names
+
+__all__ = [
+    "Stages",
+    "check_stages",
+    "load_clip_of",
+    "load_stages",
+    "resolve",
+    "save_stages",
+    "shipped_names",
+    "write_run_model",
+]

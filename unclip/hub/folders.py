@@ -1,0 +1,447 @@
+"""A model on disk: a folder whose `unclip.yaml` says in which sub-folder each stage lies.
+
+    format: unclip
+    version: 1
+    stages: {clip: clip, prior: prior, decoder: decoder, upsamplers: [upsampler_256]}
+    base: shapes                         # optional: completes the stages that are not here
+    clip_fingerprint: 0123456789abcdef   # optional: of the CLIP that these stages were trained on
+
+`clip` may also name a CLIP that lies elsewhere (`ViT-L-14/openai`, `hf-hub:org/name`). The folder
+of a training run is such a model, with one stage and a base.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import yaml
+
+from unclip.checkpoint import CONFIG_NAME, save_weights, written_whole
+from unclip.clip import BPE_NAME, FrozenCLIP, load_clip
+from unclip.hub.names import resolve, shipped_names
+from unclip.priors import DiffusionPrior
+from unclip.stages import DecoderStage, UpsamplerStage
+
+MODEL_NAME = "unclip.yaml"
+CLIP_CONFIG_NAME = "open_clip_config.json"
+CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
+FORMAT, VERSION = "unclip", 1
+STAGES = ("clip", "prior", "decoder", "upsamplers")
+KINDS = ("clip", "prior", "decoder", "upsampler")
+
+
+@dataclass
+class Stages:
+    """A model's stages; None, or an empty list, where only some were asked for."""
+
+    clip: FrozenCLIP | None = None
+    prior: DiffusionPrior | None = None
+    decoder: DecoderStage | None = None
+    upsamplers: list[UpsamplerStage] = field(default_factory=list)
+
+
+@dataclass
+class ModelFolder:
+    """What `unclip.yaml` says, with paths in place of the names of sub-folders."""
+
+    path: Path
+    clip: str | None = None
+    prior: Path | None = None
+    decoder: Path | None = None
+    upsamplers: list[Path] = field(default_factory=list)
+    base: str | None = None
+    clip_fingerprint: str | None = None
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def read_model(name: str | Path) -> ModelFolder:
+    """What a model's folder holds, without loading it.
+
+    Beside a folder with `unclip.yaml` this takes the folder of a single stage, and one that has
+    sub-folders of the stages' names: a training run that has not ended yet.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it.
+        ValueError: `unclip.yaml` is of another format or version, or has an unknown key.
+    """
+    folder = resolve(name)
+    path = folder / MODEL_NAME
+    if path.is_file():
+        return _from_yaml(folder, _parse(path))
+    kind = _stage_kind(folder)
+    found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) == k}
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} is no model folder: it has neither {MODEL_NAME} nor a stage; pass the "
+            "folder of a model, of a training run that has saved something, or of one stage"
+        )
+    upsampler = found.pop("upsampler", None)
+    stages = {**found, "upsamplers": [upsampler] if upsampler else []}
+    return _from_yaml(folder, {"stages": stages})
+
+
+def _stage_kind(folder: Path) -> str | None:
+    if (folder / CLIP_CONFIG_NAME).is_file():
+        return "clip"
+    config = folder / CONFIG_NAME
+    values = yaml.safe_load(config.read_text()) if config.is_file() else None
+    kind = values.get("stage") if isinstance(values, dict) else None
+    return kind if kind in KINDS else None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = values if isinstance(values, dict) else {}
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format must be {FORMAT!r}; got {values.get('format')!r}: pass a folder of "
+            "this project's own"
+        )
+    if values.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version must be {VERSION}; got {values.get('version')!r}: install the "
+            "release of unclip that wrote it, or save it again with this one"
+        )
+    keys = ("format", "version", "stages", "base", "clip_fingerprint")
+    _check_known(path, "", values, keys)
+    stages = values.setdefault("stages", {})
+    if not isinstance(stages, dict):
+        raise ValueError(f"{path}: stages must map stages to sub-folders; got {stages!r}")
+    _check_known(path, "stages.", stages, STAGES)
+    if not isinstance(stages.get("upsamplers", []), list):
+        raise ValueError(
+            f"{path}: stages.upsamplers must be a list; got {stages['upsamplers']!r}: write "
+            f"[{stages['upsamplers']}]"
+        )
+    return values
+
+
+def _check_known(path: Path, prefix: str, values: Mapping[str, Any], keys: Collection[str]) -> None:
+    for key in values:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(keys)}"
+            raise ValueError(f"{path}: unknown key {prefix + str(key)!r}: {hint}")
+
+
+def _from_yaml(folder: Path, values: Mapping[str, Any]) -> ModelFolder:
+    stages = values["stages"]
+
+    def inside(value: str | None) -> Path | None:
+        return None if value is None else folder / value
+
+    def there_or_named(value: str | None) -> str | None:
+        """A folder seen from this one, else a name as it stands."""
+        return str(folder / value) if value is not None and (folder / value).is_dir() else value
+
+    return ModelFolder(
+        path=folder,
+        clip=there_or_named(stages.get("clip")),
+        prior=inside(stages.get("prior")),
+        decoder=inside(stages.get("decoder")),
+        upsamplers=[folder / value for value in stages.get("upsamplers", [])],
+        base=there_or_named(values.get("base")),
+        clip_fingerprint=values.get("clip_fingerprint"),
+    )
+
+
+def load_stages(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
+) -> Stages:
+    """Load a model, its base completing the stages that its own folder lacks.
+
+    A folder with upsamplers of its own takes from its base those that come before and after them
+    in the chain of sizes.
+
+    Args:
+        name: a shipped name, a folder, or `org/name[@revision]` on the Hub.
+        device: where to put it.
+        dtype: of the prior's, the decoder's and the upsamplers' networks; None leaves them fp32.
+            CLIP and the prior's statistics always stay fp32.
+        only: which of `clip`, `prior`, `decoder`, `upsamplers` to load; None loads all.
+
+    Raises:
+        FileNotFoundError: a stage or a file is missing, with what would complete it.
+        ValueError: a file is damaged, or the stages do not fit one another.
+    """
+    wanted = set(STAGES if only is None else only)
+    if unknown := wanted - set(STAGES):
+        raise ValueError(f"only must name stages among {', '.join(STAGES)}; got {sorted(unknown)}")
+    chain = _with_bases(name, wanted)
+    stages = Stages()
+    for model in chain:
+        if "clip" in wanted and stages.clip is None and model.clip is not None:
+            stages.clip = _load_clip_stage(model)
+        if "prior" in wanted and stages.prior is None and model.prior is not None:
+            stages.prior = DiffusionPrior.load(_there(model, "prior", model.prior))
+        if "decoder" in wanted and stages.decoder is None and model.decoder is not None:
+            stages.decoder = DecoderStage.load(_there(model, "decoder", model.decoder))
+        if "upsamplers" in wanted:
+            folders = [_there(model, "upsampler", folder) for folder in model.upsamplers]
+            others = [UpsamplerStage.load(folder) for folder in folders]
+            stages.upsamplers = _around(stages.upsamplers, others)
+    for stage in ("clip", "prior", "decoder"):
+        if stage in wanted and getattr(stages, stage) is None:
+            raise FileNotFoundError(_lacks(chain, stage))
+    if stages.clip is not None:
+        _check_fingerprints(chain, stages.clip, wanted)
+    check_stages(stages, str(name))
+    for part in (stages.prior, stages.decoder, *stages.upsamplers):
+        if part is not None:
+            part.to(device)
+            part.network.to(dtype or torch.float32)
+    if stages.clip is not None:
+        stages.clip.to(device)
+    return stages
+
+
+def _with_bases(name: str | Path, wanted: set[str]) -> list[ModelFolder]:
+    """The model and as much of its chain of bases as `wanted` needs."""
+    chain: list[ModelFolder] = []
+    next_name: str | Path | None = name
+    while next_name is not None:
+        try:
+            model = read_model(next_name)
+        except FileNotFoundError as error:
+            if not chain:
+                raise
+            path = chain[-1].path / MODEL_NAME
+            raise FileNotFoundError(
+                f"{path} names the base {chain[-1].base!r}, which cannot be had: {error}"
+            ) from error
+        seen = [link.path.resolve() for link in chain]
+        if model.path.resolve() in seen:
+            loop = " -> ".join(str(link.path) for link in [*chain, model])
+            raise ValueError(f"the bases of {name} go round in a circle ({loop}): cut one of them")
+        chain.append(model)
+        # A base may always add upsamplers to the chain; else it is asked only for what is missing.
+        missing = any(
+            stage == "upsamplers" or all(getattr(link, stage) is None for link in chain)
+            for stage in wanted
+        )
+        next_name = model.base if missing else None
+    return chain
+
+
+def _there(model: ModelFolder, stage: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{model.path} lacks its {stage}: {model.path / MODEL_NAME} says it is in {folder}, "
+            f"which is not there; copy the folder again, or take the {stage} out of {MODEL_NAME} "
+            "and name a base that has one"
+        )
+    return folder
+
+
+def _lacks(chain: list[ModelFolder], stage: str) -> str:
+    places = " and its base ".join(str(model.path) for model in chain)
+    return (
+        f"the model {places} lacks a {stage}: add one to {chain[-1].path / MODEL_NAME} under "
+        f"stages, or a line 'base: <model that has a {stage}>'"
+    )
+
+
+def _load_clip_stage(model: ModelFolder) -> FrozenCLIP:
+    assert model.clip is not None
+    if not Path(model.clip).is_dir() and "/" not in model.clip and ":" not in model.clip:
+        _there(model, "clip", model.path / model.clip)
+    return load_clip(model.clip)
+
+
+def _around(own: list[UpsamplerStage], others: list[UpsamplerStage]) -> list[UpsamplerStage]:
+    """`own` upsamplers with those of `others` that come before and after them in size."""
+    if not own:
+        return others
+    before = [up for up in others if up.image_size <= input_size(own[0])]
+    after = [up for up in others if input_size(up) >= own[-1].image_size]
+    return [*before, *own, *after]
+
+
+def input_size(upsampler: UpsamplerStage) -> int:
+    """Side of the pictures an upsampler enlarges, px."""
+    return upsampler.image_size // upsampler.config.network.scale
+
+
+# ----------------------------------------------------------------------------------- checking
+
+
+def _check_fingerprints(chain: list[ModelFolder], clip: FrozenCLIP, wanted: set[str]) -> None:
+    """Two CLIPs of one width differ in nothing but their weights; the wrong one gives noise."""
+    missing = wanted & {"prior", "decoder"}
+    for model in chain:
+        supplied = {stage for stage in missing if getattr(model, stage) is not None}
+        missing -= supplied
+        trained_on = model.clip_fingerprint
+        if supplied and trained_on is not None and trained_on != clip.fingerprint():
+            raise ValueError(
+                f"the {' and '.join(sorted(supplied))} of {model.path} must run on the CLIP of "
+                f"training, {trained_on}; got another, {clip.fingerprint()} from {clip.name}: "
+                "set stages.clip or base to the model it was trained on"
+            )
+
+
+def check_stages(stages: Stages, name: str = "the model") -> None:
+    """Raise ValueError unless the stages that are there fit one another."""
+    clip, prior, decoder = stages.clip, stages.prior, stages.decoder
+    if clip is not None:
+        widths: list[tuple[str, int | None, str, int]] = []
+        embed = ("the CLIP's embed_dim", clip.embed_dim)
+        text = ("the CLIP's text_width", clip.text_width)
+        if prior is not None:
+            network = prior.config.network
+            widths.append(("prior.network.embed_dim", network.embed_dim, *embed))
+            widths.append(("prior.network.text_encodings_dim", network.text_encodings_dim, *text))
+        if decoder is not None:
+            net = decoder.config.network
+            widths.append(("decoder.network.image_embed_dim", net.image_embed_dim, *embed))
+            widths.append(("decoder.network.text_encodings_dim", net.text_encodings_dim, *text))
+            widths.append(("decoder.network.text_embed_dim", net.text_embed_dim, *embed))
+        for key, width, whose, expected in widths:
+            if width not in (None, expected):
+                raise ValueError(
+                    f"{key} of {name} must be {whose}, {expected}; got {width}: the stage was "
+                    f"trained on another CLIP than {clip.name}; take both from one model"
+                )
+        if prior is not None and prior.config.network.max_text_len < clip.context_length:
+            raise ValueError(
+                f"prior.network.max_text_len of {name} must be at least the CLIP's "
+                f"context_length, {clip.context_length}; got {prior.config.network.max_text_len}: "
+                f"the prior was trained on another CLIP than {clip.name}; take both from one model"
+            )
+    previous = decoder
+    for upsampler in stages.upsamplers:
+        if previous is not None and input_size(upsampler) != previous.image_size:
+            raise ValueError(
+                f"an upsampler of {name} must take the {previous.image_size} px of the stage "
+                f"before it; got one from {input_size(upsampler)} to {upsampler.image_size} px: "
+                "use one that follows, in the order of their sizes"
+            )
+        previous = upsampler  # type: ignore[assignment]
+
+
+def load_clip_of(name: str) -> FrozenCLIP:
+    """The CLIP of a model (by any name `resolve` takes), or the CLIP that `name` itself is: a
+    folder in open_clip's layout, `hf-hub:org/name`, or an open_clip model/tag.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_stages` and `unclip.clip.load_clip` do.
+    """
+    is_open_clip = name.partition("/")[0] in open_clip.list_models()
+    if is_open_clip or name.startswith("hf-hub:") or (Path(name) / CLIP_CONFIG_NAME).is_file():
+        return load_clip(name)
+    clip = load_stages(name, only={"clip"}).clip
+    assert clip is not None
+    return clip
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def save_stages(
+    stages: Stages, folder: str | Path, dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Write a model's folder, whole or not at all.
+
+    Args:
+        stages: those that are there. A CLIP that came from a folder is written into this one, any
+            other is named.
+        folder: where to; what is there already is replaced.
+        dtype: of the stored weights; None keeps each tensor's own.
+
+    Raises:
+        OSError: the folder cannot be written, or is one that holds something else than a model.
+        ValueError: the stages do not fit one another.
+    """
+    folder = Path(folder)
+    check_stages(stages, str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MODEL_NAME).is_file():
+        raise FileExistsError(
+            f"{folder} holds something else than a model: choose a new folder to save into"
+        )
+    names: dict[str, Any] = {}
+    with written_whole(folder) as temporary:
+        if stages.clip is not None:
+            names["clip"] = _save_clip(stages.clip, temporary, dtype)
+        if stages.prior is not None:
+            stages.prior.save(temporary / "prior", dtype)
+            names["prior"] = "prior"
+        if stages.decoder is not None:
+            stages.decoder.save(temporary / "decoder", dtype)
+            names["decoder"] = "decoder"
+        names["upsamplers"] = [f"upsampler_{up.image_size}" for up in stages.upsamplers]
+        for upsampler, name in zip(stages.upsamplers, names["upsamplers"], strict=True):
+            upsampler.save(temporary / name, dtype)
+        values = {"format": FORMAT, "version": VERSION, "stages": names}
+        if stages.clip is not None:
+            values["clip_fingerprint"] = stages.clip.fingerprint()
+        _write(temporary / MODEL_NAME, values)
+
+
+def _save_clip(clip: FrozenCLIP, folder: Path, dtype: torch.dtype | None) -> str:
+    source = Path(clip.name)
+    if not source.is_dir():
+        return clip.name
+    target = folder / "clip"
+    target.mkdir()
+    for name in (CLIP_CONFIG_NAME, BPE_NAME):
+        if (source / name).is_file():
+            (target / name).write_bytes((source / name).read_bytes())
+    save_weights(clip.model.state_dict(), target / CLIP_WEIGHTS_NAME, dtype)
+    return "clip"
+
+
+def write_run_model(
+    run: Path,
+    stage: str,
+    base: str | None,
+    clip: str | None,
+    clip_fingerprint: str | None = None,
+) -> None:
+    """Make a training run's folder a model that `load_stages` reads.
+
+    Args:
+        run: the run's folder; the stage lies in its sub-folder `stage`.
+        stage: `prior`, `decoder` or `upsampler`.
+        base: the model that completes it. A folder is noted as seen from the run, so that both may
+            move together.
+        clip: the CLIP it was trained on, if that is not the base's.
+        clip_fingerprint: of that CLIP, so that no other can take its place unnoticed.
+    """
+
+    def seen_from_run(name: str) -> str:
+        if name not in shipped_names() and Path(name).is_dir():
+            return Path(os.path.relpath(Path(name).resolve(), run.resolve())).as_posix()
+        return name
+
+    stages: dict[str, Any] = {"upsamplers": [stage]} if stage == "upsampler" else {stage: stage}
+    if clip is not None:
+        stages = {"clip": seen_from_run(clip), **stages}
+    values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "stages": stages}
+    if base is not None:
+        values["base"] = seen_from_run(base)
+    if clip_fingerprint is not None:
+        values["clip_fingerprint"] = clip_fingerprint
+    _write(run / MODEL_NAME, values)
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Every process of a training run may write the same file at once: rename it into place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(yaml.safe_dump(dict(values), sort_keys=False))
+    os.replace(aside, path)

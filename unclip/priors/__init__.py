@@ -1,0 +1,6 @@
+"""Priors P(z_i | y): how an image embedding is drawn from a caption's text conditioning."""
+
+from unclip.priors.base import Prior, best_candidate
+from unclip.priors.diffusion import DiffusionPrior, DiffusionPriorConfig
+
+__all__ = ["DiffusionPrior", "DiffusionPriorConfig", "Prior", "best_candidate"]

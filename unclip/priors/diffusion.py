@@ -1,0 +1,180 @@
+"""The diffusion prior (paper, section 2.2): a causal transformer that denoises image embeddings.
+
+Shapes: B captions, K candidates a caption, D width of CLIP's joint space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.checkpoint import fill, load_stage, save_stage
+from unclip.config import from_dict, to_dict
+from unclip.diffusion import DiffusionConfig, sample
+from unclip.models import PriorTransformer, PriorTransformerConfig
+from unclip.priors.base import TextConditioning, best_candidate
+
+
+def _diffusion() -> DiffusionConfig:
+    # Embeddings are scaled to unit variance, not to a range: there is nothing to clamp to.
+    return DiffusionConfig(prediction_type="x_0", clip_range=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPriorConfig:
+    """A prior's network and the diffusion it runs."""
+
+    network: PriorTransformerConfig = field(default_factory=PriorTransformerConfig)
+    """The transformer."""
+    diffusion: DiffusionConfig = field(default_factory=_diffusion)
+    """Schedule and target; the paper predicts x_0 under plain MSE."""
+    unit_norm: bool = True
+    """Whether the CLIP's embeddings have unit norm, so that samples are put back on the sphere."""
+
+
+class DiffusionPrior(nn.Module):
+    """Draws image embeddings by denoising; see `unclip.priors.base.Prior`.
+
+    Attributes:
+        mean, std: [D] statistics of the image embeddings it was trained on. The network works on
+            (z_i - mean) / std, whose variance is 1 as the paper's factor of 0.5375 sqrt(D) makes
+            it that of pixels. They are saved with the weights and never defaulted.
+    """
+
+    stage = "prior"
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: DiffusionPriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = PriorTransformer(config.network)
+        unset = torch.full((config.network.embed_dim,), torch.nan)
+        self.register_buffer("mean", unset)
+        self.register_buffer("std", unset.clone())
+
+    def fit_statistics(self, image_embed: Tensor) -> None:
+        """Set mean and std from true image embeddings [S, D]; std is one number for all D.
+
+        One scale keeps the directions' relative variances, as the paper's single factor does: the
+        error the network is trained on stays the distance between embeddings.
+        """
+        if len(image_embed) < 2:
+            raise ValueError(
+                f"embedding statistics need at least 2 embeddings; got {len(image_embed)}: "
+                "use a few thousand"
+            )
+        mean = image_embed.mean(0)
+        self.mean.copy_(mean)
+        self.std.copy_((image_embed - mean).square().mean().sqrt().expand_as(mean))
+
+    def _require_statistics(self) -> None:
+        if not (torch.isfinite(self.mean).all() and (self.std > 0).all()):
+            raise ValueError(
+                "the prior's embedding statistics must be set before it is used; got none: call "
+                "fit_statistics(image_embed), or load a checkpoint that has them"
+            )
+
+    def normalize(self, image_embed: Tensor) -> Tensor:
+        """Embeddings [B, D] as the network sees them."""
+        self._require_statistics()
+        return (image_embed - self.mean) / self.std
+
+    def denormalize(self, x_0: Tensor) -> Tensor:
+        """The network's x_0 [B, D] as embeddings of CLIP."""
+        self._require_statistics()
+        image_embed = x_0 * self.std + self.mean
+        return F.normalize(image_embed, dim=-1) if self.config.unit_norm else image_embed
+
+    def sample(
+        self,
+        text: TextConditioning,
+        *,
+        guidance_scale: float = 1.0,
+        num_candidates: int = 2,
+        generators: Sequence[torch.Generator],
+        sampler: str = "ddpm",
+        num_inference_steps: int = 64,
+        progress: str | None = None,
+        callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw one image embedding for each caption.
+
+        Args:
+            text: conditioning of B captions.
+            guidance_scale: 1 is off; guiding the prior hurt in the paper.
+            num_candidates: K embeddings are drawn, the one closest to text_embed is kept; paper: 2.
+            generators: one a caption.
+            sampler: one of `unclip.diffusion.SAMPLERS`.
+            num_inference_steps: strided steps; paper: 64.
+            progress: title of a progress bar, or None.
+            callback: called after each step.
+
+        Returns:
+            [B, D] image embeddings.
+        """
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates must be at least 1; got {num_candidates}: use 2")
+        embed = text.text_embed
+        captions = {
+            "text_embed": embed,
+            "text_encodings": text.text_encodings,
+            "text_mask": text.text_mask,
+        }
+        repeated = {k: v.repeat_interleave(num_candidates, 0) for k, v in captions.items()}
+        rows = len(embed) * num_candidates
+        null = None
+        if guidance_scale != 1:
+            drop = torch.ones(rows, dtype=torch.bool, device=embed.device)
+            null = self.network.encode_context(**repeated, drop_text=drop)
+        x_0 = sample(
+            self.network,
+            self.config.diffusion,
+            (rows, embed.shape[1]),
+            context=self.network.encode_context(**repeated),
+            null_context=null,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            generators=_split(generators, num_candidates),
+            dtype=next(self.network.parameters()).dtype,
+            progress=progress,
+            callback=callback,
+        )
+        candidates = self.denormalize(x_0).unflatten(0, (len(embed), num_candidates))
+        return best_candidate(candidates, embed)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the stage's folder; the statistics stay fp32 only if `dtype` is None."""
+        self._require_statistics()
+        config = {"stage": self.stage, "kind": "diffusion", **to_dict(self.config)}
+        save_stage(folder, config, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, folder: Path) -> DiffusionPrior:
+        """Read a stage's folder; raises ValueError where it does not fit or lacks statistics."""
+        config, tensors = load_stage(folder, cls.stage)
+        kind = config.pop("kind", None)
+        if kind != "diffusion":
+            raise ValueError(
+                f"{folder} holds a prior of kind {kind!r}; this class reads 'diffusion'"
+            )
+        prior = cls(from_dict(DiffusionPriorConfig, config))
+        fill(prior, tensors, folder)
+        prior._require_statistics()
+        return prior.eval()
+
+
+def _split(generators: Sequence[torch.Generator], count: int) -> list[torch.Generator]:
+    """`count` generators for each one given, seeded from it: a caption's candidates are the same
+    whatever else is in the batch."""
+    split = []
+    for generator in generators:
+        seeds = torch.randint(2**31, (count,), generator=generator, device=generator.device)
+        split += [torch.Generator(generator.device).manual_seed(int(s)) for s in seeds]
+    return split

@@ -1,0 +1,191 @@
+"""The picture stages: a network with the diffusion it was trained for, as a checkpoint holds it.
+
+Shapes: B pictures, S side of the decoder's pictures, D width of CLIP's joint space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.checkpoint import fill, load_stage, save_stage
+from unclip.config import from_dict, to_dict
+from unclip.diffusion import DiffusionConfig, sample
+from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
+from unclip.priors.base import TextConditioning
+
+StepCallback = Callable[[int, int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a picture stage is sampled."""
+
+    sampler: str = "ddim"
+    """One of `unclip.diffusion.SAMPLERS`."""
+    num_inference_steps: int = 27
+    """Steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is off."""
+    eta: float = 0.0
+    """Noise DDIM adds back, 0 to 1."""
+    progress: str | None = None
+    """Title of a progress bar, or None."""
+    callback: StepCallback | None = None
+    """Called after each step with (step, timestep, x_t, x_0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderStageConfig:
+    """The decoder's network and its diffusion."""
+
+    network: DecoderConfig = field(default_factory=DecoderConfig)
+    """The U-Net and its conditioning."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Schedule, target and loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerStageConfig:
+    """An upsampler's network and its diffusion."""
+
+    network: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    """The U-Net."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Schedule, target and loss."""
+
+
+def _sample(
+    stage: DecoderStage | UpsamplerStage,
+    size: int,
+    context: dict[str, Tensor | None],
+    null_context: dict[str, Tensor | None] | None,
+    generators: Sequence[torch.Generator],
+    options: SamplingOptions,
+    x_T: Tensor | None = None,
+) -> Tensor:
+    weight = next(stage.network.parameters())
+    return sample(
+        stage.network,
+        stage.config.diffusion,
+        (len(generators), 3, size, size),
+        context=context,
+        null_context=null_context,
+        guidance_scale=options.guidance_scale,
+        sampler=options.sampler,
+        num_inference_steps=options.num_inference_steps,
+        eta=options.eta,
+        generators=generators,
+        device=weight.device,
+        dtype=weight.dtype,
+        x_T=x_T,
+        progress=options.progress,
+        callback=options.callback,
+    ).clamp(-1, 1)
+
+
+class DecoderStage(nn.Module):
+    """P(x | z_i, y): pictures from image embeddings and captions (paper, section 2.1)."""
+
+    stage = "decoder"
+
+    def __init__(self, config: DecoderStageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = Decoder(config.network)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it draws, px."""
+        return self.config.network.unet.image_size
+
+    def encode_context(
+        self,
+        image_embed: Tensor,
+        text: TextConditioning | None,
+        drop_image: Tensor | None = None,
+        drop_text: Tensor | None = None,
+    ) -> dict[str, Tensor | None]:
+        """The network's context from image embeddings [B, D] and B captions (None: no captions)."""
+        conditions: dict[str, Any] = {"image_embed": image_embed, "drop_image": drop_image}
+        reads_text = self.config.network.text_encodings_dim is not None
+        if reads_text and text is not None:
+            conditions["text_encodings"] = text.text_encodings
+            conditions["text_mask"] = text.text_mask
+            conditions["drop_text"] = drop_text
+        if self.config.network.text_embed_dim is not None and text is not None:
+            conditions["text_embed"] = text.text_embed
+            conditions["drop_text"] = drop_text
+        return self.network.encode_context(**conditions)
+
+    def sample(
+        self,
+        image_embed: Tensor,
+        text: TextConditioning | None,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] in [-1, 1] for image embeddings [B, D] and captions."""
+        null = None
+        if options.guidance_scale != 1:
+            everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
+            null = self.encode_context(image_embed, text, everything, everything)
+        context = self.encode_context(image_embed, text)
+        return _sample(self, self.image_size, context, null, generators, options, x_T)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the stage's folder."""
+        save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, folder: Path) -> DecoderStage:
+        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
+        config, tensors = load_stage(folder, cls.stage)
+        stage = cls(from_dict(DecoderStageConfig, config))
+        fill(stage, tensors, folder)
+        return stage.eval()
+
+
+class UpsamplerStage(nn.Module):
+    """Pictures to pictures `scale` times larger, by convolutions alone (paper, section 2.1)."""
+
+    stage = "upsampler"
+
+    def __init__(self, config: UpsamplerStageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = Upsampler(config.network)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it draws, px."""
+        return self.config.network.unet.image_size
+
+    def sample(
+        self, low_res: Tensor, generators: Sequence[torch.Generator], options: SamplingOptions
+    ) -> Tensor:
+        """Pictures [B, 3, scale h, scale h] in [-1, 1] from pictures [B, 3, h, h] in [-1, 1]."""
+        noise_level = None
+        if self.config.network.noise_conditioning:
+            noise_level = torch.zeros(len(low_res), device=low_res.device)
+        context = self.network.encode_context(low_res=low_res, noise_level=noise_level)
+        size = low_res.shape[-1] * self.config.network.scale
+        return _sample(self, size, context, None, generators, options)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the stage's folder."""
+        save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, folder: Path) -> UpsamplerStage:
+        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
+        config, tensors = load_stage(folder, cls.stage)
+        stage = cls(from_dict(UpsamplerStageConfig, config))
+        fill(stage, tensors, folder)
+        return stage.eval()

@@ -1,0 +1,1 @@
+"""Training: objectives, one `fit` loop, checkpoints; the only room that knows Accelerate."""

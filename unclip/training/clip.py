@@ -1,0 +1,152 @@
+"""Train a small CLIP by the symmetric contrastive loss: `python -m unclip.training.clip`.
+
+For use where nothing can be downloaded; the classes and the loss are open_clip's. Scenes come in
+runs of near-copies (`shapes.variants`), so that a batch holds hard negatives and the towers have to
+bind each colour to its shape and its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+
+from unclip.checkpoint import save_weights, written_whole
+from unclip.clip import BPE_NAME, new_clip, write_clip_config, write_vocabulary
+from unclip.config import parse, to_dict
+from unclip.data.shapes import ShapesConfig, ShapesDataset
+from unclip.training.fit import FitConfig, Objective, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCLIPConfig:
+    """Sizes of a small CLIP: a ModifiedResNet for pictures, a causal transformer for text."""
+
+    embed_dim: int = 256
+    """Width of the joint space."""
+    image_size: int = 64
+    """Side of the pictures, px; a multiple of 32."""
+    image_width: int = 24
+    """Width of the image tower's first stage."""
+    image_layers: tuple[int, int, int, int] = (2, 2, 2, 1)
+    """Bottleneck blocks in the image tower's four stages."""
+    text_width: int = 192
+    """Width of the text transformer."""
+    text_layers: int = 3
+    """Blocks of the text transformer."""
+    text_heads: int = 4
+    """Attention heads of the text transformer."""
+    context_length: int = 32
+    """Tokens a caption may have, start and end included."""
+    num_merges: int = 8192
+    """How many of CLIP's byte-pair merges to keep."""
+    logit_scale: float = 30.0
+    """Factor on the cosines at the start; open_clip's 14.3 spends long on what is easy to tell."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % 32:
+            raise ValueError(
+                f"clip.image_size must be a multiple of 32; got {self.image_size}: use 64"
+            )
+
+    def model_cfg(self) -> dict[str, Any]:
+        """The same in open_clip's terms."""
+        return {
+            "embed_dim": self.embed_dim,
+            "init_logit_scale": math.log(self.logit_scale),
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "layers": list(self.image_layers),
+                "width": self.image_width,
+                "head_width": 64,
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "width": self.text_width,
+                "heads": self.text_heads,
+                "layers": self.text_layers,
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCLIPConfig:
+    """Everything `python -m unclip.training.clip` needs."""
+
+    run: Path = Path("runs/clip")
+    """Folder of this run; the CLIP lands in its sub-folder `clip`."""
+    fresh: bool = False
+    """Start over, discarding what the run's folder holds."""
+    clip: SmallCLIPConfig = field(default_factory=SmallCLIPConfig)
+    """Sizes."""
+    shapes: ShapesConfig = field(default_factory=lambda: ShapesConfig(variants=4, seed=1))
+    """The world to train on."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The loop."""
+
+
+class CLIPObjective(Objective):
+    """The symmetric contrastive loss of open_clip over all processes' pictures and captions."""
+
+    stage = "clip"
+    network: open_clip.CLIP
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: SmallCLIPConfig, vocabulary: Path) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.network, self.tokenizer = new_clip(config.model_cfg(), vocabulary)
+        self.register_buffer("mean", (2 * torch.tensor(open_clip.OPENAI_DATASET_MEAN) - 1))
+        self.register_buffer("std", 2 * torch.tensor(open_clip.OPENAI_DATASET_STD))
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Contrastive loss of [B] pictures and captions; `accuracy` is top-1, picture to text."""
+        del generator  # nothing here is random
+        images = (batch["image"] - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
+        tokens = self.tokenizer(batch["caption"]).to(images.device)
+        image_embed, text_embed, scale = self.network(images, tokens)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        loss = open_clip.ClipLoss(
+            local_loss=True,
+            gather_with_grad=True,
+            rank=torch.distributed.get_rank() if distributed else 0,
+            world_size=torch.distributed.get_world_size() if distributed else 1,
+        )(image_embed.float(), text_embed.float(), scale)
+        hit = (image_embed @ text_embed.T).argmax(1) == torch.arange(len(images)).to(images.device)
+        return {"loss": loss, "accuracy": hit.float().mean(), "logit_scale": scale.detach()}
+
+    def export(self, folder: Path) -> None:
+        """Write the folder in open_clip's layout, which `load_clip` and open_clip read."""
+        with written_whole(folder) as temporary:
+            write_clip_config(temporary, self.config.model_cfg(), self.tokenizer.vocab_size)
+            (temporary / BPE_NAME).write_bytes(self.vocabulary.read_bytes())
+            save_weights(self.network.state_dict(), temporary / "open_clip_model.safetensors")
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    config = parse(TrainCLIPConfig, description=__doc__)
+    vocabulary = config.run / BPE_NAME
+    config.run.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(vocabulary, config.clip.num_merges)
+    torch.manual_seed(config.fit.seed)
+    fit(
+        CLIPObjective(config.clip, vocabulary),
+        ShapesDataset(config.shapes),
+        config.fit,
+        config.run,
+        resolved=to_dict(config),
+        fresh=config.fresh,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Train a decoder or an upsampler: what `train_decoder.py` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unclip.clip import FrozenCLIP
+from unclip.config import one_line_errors, parse, to_dict
+from unclip.data.degradations import DegradationConfig, degrade, downsample
+from unclip.data.images import resize
+from unclip.data.shapes import ShapesDataset
+from unclip.data.source import SourceConfig, open_source
+from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
+from unclip.hub import load_clip_of, write_run_model
+from unclip.stages import (
+    DecoderStage,
+    DecoderStageConfig,
+    SamplingOptions,
+    UpsamplerStage,
+    UpsamplerStageConfig,
+)
+from unclip.training.batches import collate
+from unclip.training.fit import FitConfig, Objective, draw, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """The sample grid drawn now and then during training."""
+
+    num_images: int = 16
+    """Pictures in the grid; as many true ones stand beside them."""
+    num_inference_steps: int = 20
+    """DDIM steps."""
+    guidance_scale: float = 2.0
+    """Guidance of the decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDecoderConfig:
+    """Everything `train_decoder.py` needs: exactly one of `decoder` and `upsampler` is set."""
+
+    run: Path = Path("runs/decoder")
+    """Folder of this run; the stage lands in its sub-folder `decoder` or `upsampler`."""
+    fresh: bool = False
+    """Start over, discarding what the run's folder holds."""
+    base: str = "shapes"
+    """Model whose CLIP the decoder stands on and whose stages complete it for sampling."""
+    clip: str | None = None
+    """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """Captioned pictures; an upsampler's are its large size, with `crop_size` a fourth (paper)."""
+    decoder: DecoderStageConfig | None = None
+    """Network and diffusion of a decoder; the CLIP's widths are filled in."""
+    upsampler: UpsamplerStageConfig | None = None
+    """Network and diffusion of an upsampler."""
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    """What is done to the small picture an upsampler is given (paper: blur, BSR at 1024 px)."""
+    noise_level: float = 0.0
+    """Most Gaussian noise added to the small picture, with `noise_conditioning`; [0, 1]."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Sample grids."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The loop."""
+
+    def __post_init__(self) -> None:
+        if (self.decoder is None) == (self.upsampler is None):
+            raise ValueError(
+                "exactly one of decoder and upsampler must be set; got "
+                f"{'both' if self.decoder else 'neither'}: take a file of configs/decoder or "
+                "configs/upsampler"
+            )
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError(f"noise_level must lie in [0, 1]; got {self.noise_level}: use 0.2")
+
+
+def _first_samples(dataset: Dataset[Any], count: int) -> dict[str, Any]:
+    if isinstance(dataset, ShapesDataset):  # pictures whose combinations training never shows
+        dataset = ShapesDataset(replace(dataset.config, split="held_out"))
+        return collate(dataset.__getitems__(range(count)))
+    return collate([dataset[i] for i in range(min(count, len(dataset)))])  # type: ignore[arg-type]
+
+
+class DecoderObjective(Objective):
+    """The decoder's loss (paper, section 2.1): denoise x given z_i and y, each dropped at times."""
+
+    stage = "decoder"
+    network: DecoderStage
+    frozen: tuple[FrozenCLIP]
+
+    def __init__(
+        self,
+        decoder: DecoderStage,
+        clip: FrozenCLIP,
+        preview: PreviewConfig,
+        examples: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.network = decoder
+        self.schedule = NoiseSchedule(decoder.config.diffusion)
+        self.frozen = (clip,)
+        self.preview_config = preview
+        self.examples = examples
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss of B captioned pictures."""
+        (clip,), decoder = self.frozen, self.network
+        image_embed = clip.encode_image(batch["image"])
+        text = clip.encode_text(batch["caption"]).trimmed()
+        x_0 = resize(batch["image"], decoder.image_size)
+        timesteps, noise = draw(x_0, self.schedule, generator)
+        dropped = torch.rand(2, len(x_0), generator=generator, device=x_0.device)
+        network = decoder.config.network
+        context = decoder.encode_context(
+            image_embed,
+            text,
+            drop_image=dropped[0] < network.image_drop_prob,
+            drop_text=dropped[1] < network.text_drop_prob,
+        )
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        output = decoder.network(x_t, timesteps, context)
+        return _reported(
+            diffusion_loss(self.schedule, output, x_0, noise, timesteps), timesteps, self
+        )
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """True pictures, then what the decoder makes of their embeddings and captions."""
+        (clip,) = self.frozen
+        images = self.examples["image"].to(clip.device)
+        drawn = self.network.sample(
+            clip.encode_image(images),
+            clip.encode_text(self.examples["caption"]),
+            make_generators(0, len(images)),
+            SamplingOptions(
+                num_inference_steps=self.preview_config.num_inference_steps,
+                guidance_scale=self.preview_config.guidance_scale,
+            ),
+        )
+        return torch.cat([resize(images, self.network.image_size), drawn])
+
+    def export(self, folder: Path) -> None:
+        """Write the decoder's folder."""
+        self.network.save(folder)
+
+
+class UpsamplerObjective(Objective):
+    """An upsampler's loss (paper, section 2.1): denoise a crop given its degraded small version."""
+
+    stage = "upsampler"
+    network: UpsamplerStage
+
+    def __init__(
+        self, upsampler: UpsamplerStage, config: TrainDecoderConfig, examples: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.network = upsampler
+        self.schedule = NoiseSchedule(upsampler.config.diffusion)
+        self.degradation = config.degradation
+        self.noise_level = config.noise_level
+        self.preview_config = config.preview
+        self.examples = examples
+
+    def _low_res(self, x_0: Tensor) -> Tensor:
+        return downsample(x_0, self.network.config.network.scale)
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss of B crops."""
+        x_0, network = batch["image"], self.network.network
+        timesteps, noise = draw(x_0, self.schedule, generator)
+        low_res = degrade(self._low_res(x_0), self.degradation, generator)
+        level = None
+        if network.config.noise_conditioning:
+            level = self.noise_level * torch.rand(len(x_0), generator=generator, device=x_0.device)
+            grain = torch.randn(low_res.shape, generator=generator, device=x_0.device)
+            low_res = low_res + level.view(-1, 1, 1, 1) * grain
+        context = network.encode_context(low_res=low_res, noise_level=level)
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        output = network(x_t, timesteps, context)
+        return _reported(
+            diffusion_loss(self.schedule, output, x_0, noise, timesteps), timesteps, self
+        )
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """Small pictures enlarged bicubically, what the upsampler makes of them, and the truth."""
+        truth = self.examples["image"].to(next(self.network.parameters()).device)
+        low_res = self._low_res(truth)
+        drawn = self.network.sample(
+            low_res,
+            make_generators(0, len(truth)),
+            SamplingOptions(num_inference_steps=self.preview_config.num_inference_steps),
+        )
+        enlarged = F.interpolate(low_res, truth.shape[-1], mode="bicubic").clamp(-1, 1)
+        return torch.cat([enlarged, drawn, truth])
+
+    def export(self, folder: Path) -> None:
+        """Write the upsampler's folder."""
+        self.network.save(folder)
+
+
+def _reported(losses: dict[str, Tensor], timesteps: Tensor, objective: Any) -> dict[str, Tensor]:
+    """Per-sample losses as `fit` wants them."""
+    means = {name: value.mean() for name, value in losses.items()}
+    return means | {
+        "per_sample": losses["loss"].detach(),
+        "timesteps": timesteps / objective.schedule.config.num_train_timesteps,
+    }
+
+
+def resolve(config: TrainDecoderConfig, clip: FrozenCLIP) -> TrainDecoderConfig:
+    """The config with the widths of its CLIP filled in."""
+    assert config.decoder is not None
+    network = config.decoder.network
+    # None means that the decoder is to see no captions; any number stands for the CLIP's own.
+    text_width = None if network.text_encodings_dim is None else clip.text_width
+    embed_width = None if network.text_embed_dim is None else clip.embed_dim
+    network = replace(
+        network,
+        image_embed_dim=clip.embed_dim,
+        text_encodings_dim=text_width,
+        text_embed_dim=embed_width,
+    )
+    return replace(config, decoder=replace(config.decoder, network=network))
+
+
+def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+    """Parse the command line and train."""
+    config = parse(TrainDecoderConfig, argv, default_config=default_config, description=__doc__)
+    with one_line_errors():
+        train(config)
+
+
+def train(config: TrainDecoderConfig) -> None:
+    """Train what `config` describes, into its run's folder."""
+    torch.manual_seed(config.fit.seed)
+    objective: Objective
+    if config.decoder is not None:
+        clip = load_clip_of(config.clip or config.base)
+        config = resolve(config, clip)
+        assert config.decoder is not None
+        dataset = open_source(config.source)
+        examples = _first_samples(dataset, config.preview.num_images)
+        objective = DecoderObjective(DecoderStage(config.decoder), clip, config.preview, examples)
+    else:
+        assert config.upsampler is not None
+        dataset = open_source(config.source)
+        examples = _first_samples(dataset, config.preview.num_images)
+        objective = UpsamplerObjective(UpsamplerStage(config.upsampler), config, examples)
+    fit(
+        objective,
+        dataset,
+        config.fit,
+        config.run,
+        resolved=to_dict(config),
+        fresh=config.fresh,
+    )
+    write_run_model(config.run, objective.stage, config.base, config.clip)

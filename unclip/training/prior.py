@@ -1,0 +1,138 @@
+"""Train a diffusion prior: what `train_prior.py` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unclip.clip import FrozenCLIP
+from unclip.config import one_line_errors, parse, to_dict
+from unclip.data.source import SourceConfig, open_source
+from unclip.diffusion import NoiseSchedule, diffusion_loss
+from unclip.hub import load_clip_of, write_run_model
+from unclip.priors import DiffusionPrior, DiffusionPriorConfig
+from unclip.training.batches import collate
+from unclip.training.fit import FitConfig, Objective, draw, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPriorConfig:
+    """Everything `train_prior.py` needs."""
+
+    run: Path = Path("runs/prior")
+    """Folder of this run; the prior lands in its sub-folder `prior`."""
+    fresh: bool = False
+    """Start over, discarding what the run's folder holds."""
+    base: str = "shapes"
+    """Model whose CLIP the prior stands on and whose stages complete it for sampling."""
+    clip: str | None = None
+    """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """Captioned pictures."""
+    prior: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
+    """Network and diffusion; the widths of embeddings and encodings are taken from the CLIP."""
+    statistics_samples: int = 4096
+    """How many pictures the embeddings' mean and std are measured on before the first step."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The loop."""
+
+
+def resolve(config: TrainPriorConfig, clip: FrozenCLIP) -> TrainPriorConfig:
+    """The config with the widths of its CLIP filled in."""
+    network = replace(
+        config.prior.network,
+        embed_dim=clip.embed_dim,
+        text_encodings_dim=clip.text_width,
+        max_text_len=clip.context_length,
+    )
+    return replace(config, prior=replace(config.prior, network=network))
+
+
+class PriorObjective(Objective):
+    """The prior's loss (paper, section 2.2): denoise z_i given the caption, MSE on z_i."""
+
+    stage = "prior"
+    network: DiffusionPrior
+    frozen: tuple[FrozenCLIP]
+
+    def __init__(self, prior: DiffusionPrior, clip: FrozenCLIP) -> None:
+        super().__init__()
+        self.network = prior
+        self.schedule = NoiseSchedule(prior.config.diffusion)
+        self.frozen = (clip,)
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss of B captioned pictures; `cosine` is that of the predicted to the true z_i."""
+        (clip,), prior = self.frozen, self.network
+        image_embed = clip.encode_image(batch["image"])
+        text = clip.encode_text(batch["caption"]).trimmed()
+        x_0 = prior.normalize(image_embed)
+        timesteps, noise = draw(x_0, self.schedule, generator)
+        drop_text = torch.rand(len(x_0), generator=generator, device=x_0.device)
+        context = prior.network.encode_context(
+            text_embed=text.text_embed,
+            text_encodings=text.text_encodings,
+            text_mask=text.text_mask,
+            drop_text=drop_text < prior.config.network.text_drop_prob,
+        )
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        output = prior.network(x_t, timesteps, context)
+        losses = diffusion_loss(self.schedule, output, x_0, noise, timesteps)
+        predicted = prior.denormalize(self.schedule.predict_x_0(x_t, output.float(), timesteps))
+        return {
+            "loss": losses["loss"].mean(),
+            "x_0_mse": losses["x_0_mse"].mean(),
+            "cosine": torch.cosine_similarity(predicted.detach(), image_embed).mean(),
+            "per_sample": losses["loss"].detach(),
+            "timesteps": timesteps / self.schedule.config.num_train_timesteps,
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write the prior's folder."""
+        self.network.save(folder)
+
+
+def embed_pictures(dataset: Dataset[Any], clip: FrozenCLIP, count: int, batch: int = 64) -> Tensor:
+    """Image embeddings [count, D] of pictures spread evenly over a data set."""
+    total = len(dataset)  # type: ignore[arg-type]
+    count = min(count, total)
+    stride = 1 if getattr(dataset, "endless", False) else total // count
+    embeds = []
+    for start in range(0, count, batch):
+        rows = [i * stride for i in range(start, min(start + batch, count))]
+        fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[i] for i in rows])
+        images = collate(fetch(rows))["image"].to(clip.device)
+        embeds.append(clip.encode_image(images))
+    return torch.cat(embeds)
+
+
+def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+    """Parse the command line and train."""
+    config = parse(TrainPriorConfig, argv, default_config=default_config, description=__doc__)
+    with one_line_errors():
+        train(config)
+
+
+def train(config: TrainPriorConfig) -> None:
+    """Train what `config` describes, into its run's folder."""
+    clip = load_clip_of(config.clip or config.base)
+    config = resolve(config, clip)
+    dataset = open_source(config.source)
+    torch.manual_seed(config.fit.seed)
+    prior = DiffusionPrior(config.prior)
+    prior.fit_statistics(embed_pictures(dataset, clip, config.statistics_samples))
+    fit(
+        PriorObjective(prior, clip),
+        dataset,
+        config.fit,
+        config.run,
+        resolved=to_dict(config),
+        fresh=config.fresh,
+    )
+    write_run_model(config.run, "prior", config.base, config.clip)
