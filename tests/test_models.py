@@ -206,6 +206,18 @@ def test_checkpointing_changes_neither_output_nor_gradient():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_autocast_carries_the_trunk_in_bf16():
+    """One fp32 addend early on would put every later block in fp32, at three times the cost."""
+    unet = replace(TINY_UNET, position_embedding=True)
+    network: Any = Decoder(replace(TINY_DECODER, unet=unet, layout_size=4))
+    seen = []
+    network.unet.middle[0].register_forward_hook(lambda _, x, y: seen.append(x[0].dtype))
+    context = network.encode_context(image_embed=torch.randn(2, 10), **captions())
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 3, 16, 16), torch.tensor([3, 500]), context)
+    assert seen == [torch.bfloat16]
+
+
 def test_channels_last_and_bf16_autocast_run():
     network = randomised(Decoder(TINY_DECODER)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16)
@@ -263,7 +275,7 @@ def test_decoder_shapes(learned_variance, text_embed_dim):
 
 
 def test_decoder_dropping_all_is_the_null_context():
-    network = randomised(Decoder(replace(TINY_DECODER, text_embed_dim=9)))
+    network = randomised(Decoder(replace(TINY_DECODER, text_embed_dim=9, layout_size=4)))
     conditions = {"image_embed": torch.randn(2, 10), "text_embed": torch.randn(2, 9), **captions()}
     everything = torch.ones(2, dtype=torch.bool)
     null = network.null_context(**conditions)
@@ -282,7 +294,7 @@ def test_decoder_dropping_all_is_the_null_context():
 
 
 def test_decoder_drops_row_by_row():
-    network = randomised(Decoder(TINY_DECODER))
+    network = randomised(Decoder(replace(TINY_DECODER, layout_size=4)))
     conditions = {"image_embed": torch.randn(2, 10), **captions()}
     full = network.encode_context(**conditions)
     null = network.null_context(**conditions)
@@ -381,6 +393,7 @@ def test_decoder_refuses_another_clips_embedding():
         ({"learned_variance": True}, "decoder.unet.out_channels must be 6 .* got 3: use 6"),
         ({"image_embed_dim": 0}, "decoder.image_embed_dim must be at least 1; got 0"),
         ({"image_drop_prob": 1.5}, r"decoder.image_drop_prob must lie in \[0, 1\]; got 1.5"),
+        ({"layout_size": -1}, "decoder.layout_size must not be negative; got -1"),
         ({"num_image_tokens": -1}, "decoder.num_image_tokens must not be negative; got -1"),
         ({"null_text": "zeros"}, "decoder.null_text must be .* got 'zeros'"),
         ({"unet": replace(TINY_UNET, context_dim=None)}, "decoder.unet.context_dim must be set"),
@@ -646,7 +659,7 @@ def test_prior_agrees_with_diffusers():
 def every_network() -> list[tuple[Any, Tensor, dict[str, Tensor]]]:
     """Each network with everything switched on, an x_t, and conditions, half of them dropped."""
     unet = replace(TINY_UNET, position_embedding=True, dropout=0.1)
-    decoder = replace(TINY_DECODER, unet=unet, text_embed_dim=9)
+    decoder = replace(TINY_DECODER, unet=unet, text_embed_dim=9, layout_size=4)
     prior = replace(TINY_PRIOR, dropout=0.1)
     upsampler = replace(TINY_UPSAMPLER, noise_conditioning=True)
     half = torch.tensor([True, False])

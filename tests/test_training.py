@@ -1,5 +1,6 @@
 """Training: the real loop on tiny networks, resume, bad input, two processes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -248,7 +249,7 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert max(factors) == pytest.approx(1.0)
     assert factors[10] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1, abs=1e-2)
-    assert all(b <= a for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_meter_splits_the_loss_by_timestep_quartile() -> None:

@@ -2,8 +2,11 @@
 
 A frozen CLIP embeds the caption; a prior maps its text embedding to an image embedding; a U-Net
 decoder turns the image embedding into 64 px; upsamplers take that to 256 px and on to 1024 px.
-`unclip.training` trains each stage, `unclip.pipeline` runs the cascade, `unclip.hub` loads and
-publishes it. Importing this package imports none of them: `unclip.UnCLIP` is found on first use.
+
+`unclip.stages` holds what a checkpoint holds: a network with its diffusion. `unclip.hub` finds,
+loads and writes models by name, folder or Hub repository. On it stand, knowing nothing of each
+other, `unclip.training`, which trains each stage, and `unclip.pipeline`, which runs the cascade.
+Importing this package imports none of them: `unclip.UnCLIP` is found on first use.
 """
 
 from typing import TYPE_CHECKING, Any

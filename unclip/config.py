@@ -73,8 +73,8 @@ def _check_keys(values: Mapping[str, Any], config_class: type, prefix: str = "")
     for key, value in values.items():
         if key not in fields:
             raise ValueError(_unknown(prefix + key, [prefix + name for name in fields]))
-        section: Any = fields[key].default_factory  # a section's default is its own class
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(section):
+        section = fields[key].default_factory  # a section's default is its own class
+        if isinstance(value, Mapping) and isinstance(section, type):
             _check_keys(value, section, f"{prefix}{key}.")
 
 
@@ -156,7 +156,7 @@ def _config_files(words: Sequence[str]) -> list[Path]:
 
 
 def _instantiate(parser: ArgumentParser, config_class: type[T], values: Namespace) -> T:
-    built = parser.instantiate_classes(values)
+    built = parser.instantiate(values)
     names = [f.name for f in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     return config_class(**{name: built[name] for name in names})
 

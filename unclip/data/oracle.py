@@ -55,7 +55,7 @@ class OracleConfig:
 
     width: int = 64
     """Channels of the trunk."""
-    dilations: tuple[int, ...] = (1, 2, 4, 1)
+    dilations: tuple[int, ...] = (1, 2, 1, 2)
     """Dilation of each residual block; together they must see the largest object whole."""
     threshold: float = 0.4
     """Least objectness of a reading, 0 to 1."""
@@ -75,7 +75,7 @@ class OracleConfig:
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """What the network says of each cell; `targets` in unclip.training.oracle has the same form."""
+    """What the network says of each cell of the grid."""
 
     objectness: Tensor
     """[B, K, G, G], logits: is the centre of an object of this size near?"""
@@ -153,8 +153,10 @@ class Oracle(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
         if self.training:
-            raise ValueError("the oracle is in training mode, where readings depend on the batch: "
-                             "call eval() first")
+            raise ValueError(
+                "the oracle is in training mode, where readings depend on the batch: "
+                "call eval() first"
+            )
         weight = self.head.weight
         readings: list[list[Reading]] = []
         for chunk in images.split(batch_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from unclip.data.captioned import CaptionedConfig, CaptionedDataset
 from unclip.data.images import WHITE
@@ -33,8 +33,14 @@ class SourceConfig:
     """Split of a Hub data set."""
     background: tuple[int, int, int] = WHITE
     """What transparent pictures are laid over, 0 to 255."""
+    limit: int | None = None
+    """Use only the first so many samples: to see whether a network can learn them by heart."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """Which scenes, when `data` is `shapes`; sizes are taken from above."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"source.limit must be at least 1; got {self.limit}: use 256 or null")
 
 
 def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
@@ -45,6 +51,11 @@ def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: as `CaptionedDataset` does.
     """
+    dataset = _open(config)
+    return dataset if config.limit is None else Subset(dataset, range(config.limit))
+
+
+def _open(config: SourceConfig) -> Dataset[dict[str, Any]]:
     size: dict[str, Any] = {"image_size": config.image_size, "crop_size": config.crop_size}
     if config.data == "shapes":
         return ShapesDataset(replace(config.shapes, **size))

@@ -1,4 +1,4 @@
-"""Put stages of several runs into one model folder: `python -m unclip.hub assemble --out DIR ...`"""
+"""Put stages of several runs into one model: `python -m unclip.hub assemble --out DIR ...`"""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored weights")
     args = parser.parse_args(argv)
     try:
-        assemble(
-            args.out, args.clip, args.prior, args.decoder, args.upsampler, DTYPES[args.dtype]
-        )
+        assemble(args.out, args.clip, args.prior, args.decoder, args.upsampler, DTYPES[args.dtype])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

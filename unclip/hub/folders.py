@@ -163,6 +163,7 @@ def load_stages(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     only: Collection[str] | None = None,
+    for_clip: FrozenCLIP | None = None,
 ) -> Stages:
     """Load a model, its base completing the stages that its own folder lacks.
 
@@ -175,6 +176,7 @@ def load_stages(
         dtype: of the prior's, the decoder's and the upsamplers' networks; None leaves them fp32.
             CLIP and the prior's statistics always stay fp32.
         only: which of `clip`, `prior`, `decoder`, `upsamplers` to load; None loads all.
+        for_clip: the CLIP that the loaded stages will run on, where theirs is not loaded.
 
     Raises:
         FileNotFoundError: a stage or a file is missing, with what would complete it.
@@ -199,8 +201,8 @@ def load_stages(
     for stage in ("clip", "prior", "decoder"):
         if stage in wanted and getattr(stages, stage) is None:
             raise FileNotFoundError(_lacks(chain, stage))
-    if stages.clip is not None:
-        _check_fingerprints(chain, stages.clip, wanted)
+    if (clip := stages.clip or for_clip) is not None:
+        _check_fingerprints(chain, clip, wanted)
     check_stages(stages, str(name))
     for part in (stages.prior, stages.decoder, *stages.upsamplers):
         if part is not None:
@@ -370,14 +372,17 @@ def save_stages(
     """
     folder = Path(folder)
     check_stages(stages, str(folder))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MODEL_NAME).is_file():
+    is_ours = (folder / MODEL_NAME).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
         raise FileExistsError(
-            f"{folder} holds something else than a model: choose a new folder to save into"
+            f"{folder} is there and is no model: choose a new folder to save into"
         )
+    # The CLIP's fingerprint survives half precision and nothing less.
+    clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     names: dict[str, Any] = {}
     with written_whole(folder) as temporary:
         if stages.clip is not None:
-            names["clip"] = _save_clip(stages.clip, temporary, dtype)
+            names["clip"] = _save_clip(stages.clip, temporary, clip_dtype)
         if stages.prior is not None:
             stages.prior.save(temporary / "prior", dtype)
             names["prior"] = "prior"

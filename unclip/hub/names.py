@@ -33,7 +33,7 @@ def resolve(name: str | Path) -> Path:
     name = str(name)
     if name in shipped_names():
         return PRETRAINED / name
-    if (folder := Path(name)).is_dir():
+    if name and (folder := Path(name)).is_dir():  # Path("") is the current folder
         return folder
     repository, _, revision = name.partition("@")
     try:

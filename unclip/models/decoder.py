@@ -206,7 +206,9 @@ class Decoder(nn.Module):
         if self.image_to_layout is None:
             return None
         side, grid = self.config.layout_size, self.config.unet.grids[0]
-        coarse = rearrange(self.image_to_layout(image_embed), "b (c h w) -> b c h w", h=side, w=side)
+        coarse = rearrange(
+            self.image_to_layout(image_embed), "b (c h w) -> b c h w", h=side, w=side
+        )
         return F.interpolate(coarse, (grid, grid), mode="bilinear", align_corners=False)
 
     def null_context(self, *, image_embed: Tensor, **conditions: Any) -> Context:

@@ -65,6 +65,9 @@ class TrainDecoderConfig:
     """What is done to the small picture an upsampler is given (paper: blur, BSR at 1024 px)."""
     noise_level: float = 0.0
     """Most Gaussian noise added to the small picture, with `noise_conditioning`; [0, 1]."""
+    noise_draws: int = 1
+    """Timesteps and noises drawn for each picture of a decoder's batch. Where CLIP and the data
+    cost as much as a small network, 2 makes more of each picture."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample grids."""
     fit: FitConfig = field(default_factory=FitConfig)
@@ -77,6 +80,8 @@ class TrainDecoderConfig:
                 f"{'both' if self.decoder else 'neither'}: take a file of configs/decoder or "
                 "configs/upsampler"
             )
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws must be at least 1; got {self.noise_draws}: use 1")
         if not 0 <= self.noise_level <= 1:
             raise ValueError(f"noise_level must lie in [0, 1]; got {self.noise_level}: use 0.2")
 
@@ -99,14 +104,15 @@ class DecoderObjective(Objective):
         self,
         decoder: DecoderStage,
         clip: FrozenCLIP,
-        preview: PreviewConfig,
+        config: TrainDecoderConfig,
         examples: dict[str, Any],
     ) -> None:
         super().__init__()
         self.network = decoder
         self.schedule = NoiseSchedule(decoder.config.diffusion)
         self.frozen = (clip,)
-        self.preview_config = preview
+        self.preview_config = config.preview
+        self.noise_draws = config.noise_draws
         self.examples = examples
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -115,6 +121,9 @@ class DecoderObjective(Objective):
         image_embed = clip.encode_image(batch["image"])
         text = clip.encode_text(batch["caption"]).trimmed()
         x_0 = resize(batch["image"], decoder.image_size)
+        if self.noise_draws > 1:
+            rows = torch.arange(len(x_0), device=x_0.device).repeat(self.noise_draws)
+            x_0, image_embed, text = x_0[rows], image_embed[rows], text.rows(rows)
         timesteps, noise = draw(x_0, self.schedule, generator)
         dropped = torch.rand(2, len(x_0), generator=generator, device=x_0.device)
         network = decoder.config.network
@@ -242,13 +251,15 @@ def train(config: TrainDecoderConfig) -> None:
     """Train what `config` describes, into its run's folder."""
     torch.manual_seed(config.fit.seed)
     objective: Objective
+    fingerprint = None
     if config.decoder is not None:
         clip = load_clip_of(config.clip or config.base)
+        fingerprint = clip.fingerprint()
         config = resolve(config, clip)
         assert config.decoder is not None
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
-        objective = DecoderObjective(DecoderStage(config.decoder), clip, config.preview, examples)
+        objective = DecoderObjective(DecoderStage(config.decoder), clip, config, examples)
     else:
         assert config.upsampler is not None
         dataset = open_source(config.source)
@@ -261,5 +272,7 @@ def train(config: TrainDecoderConfig) -> None:
         config.run,
         resolved=to_dict(config),
         fresh=config.fresh,
+        prepare_run=lambda run: write_run_model(
+            run, objective.stage, config.base, config.clip, fingerprint
+        ),
     )
-    write_run_model(config.run, objective.stage, config.base, config.clip)

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +230,7 @@ def fit(
     *,
     resolved: Mapping[str, Any],
     fresh: bool = False,
+    prepare_run: Callable[[Path], None] = lambda run: None,
 ) -> None:
     """Train `objective` on `dataset`, into the folder `run`.
 
@@ -244,6 +245,7 @@ def fit(
         run: folder of this run.
         resolved: the whole config in plain values, written into the folder.
         fresh: start over, discarding what an earlier run left in the folder.
+        prepare_run: writes what else the folder needs before the first step.
 
     Raises:
         ValueError: the folder holds a run with another config, or batch_size cannot be shared out.
@@ -253,6 +255,7 @@ def fit(
     micro_batch_size = _micro_batch_size(config, accelerator.num_processes)
     if accelerator.is_main_process:
         checkpoints.open_run(run, resolved, fresh)
+        prepare_run(run)
     accelerator.wait_for_everyone()
     set_seed(config.seed + accelerator.process_index)
 

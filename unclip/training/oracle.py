@@ -1,6 +1,6 @@
 """Train the oracle that reads the shapes world: `python -m unclip.training.oracle`.
 
-Shapes: B pictures, M = 3 objects at most, K = 2 heads, G = 16 cells a side (see unclip.data.oracle).
+Shapes: B pictures, M = 3 objects at most, K = 2 heads, G = 16 cells a side of the grid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AugmentConfig:
 
     blur: float = 1.0
     """Greatest share of the blurred picture (binomial 5 x 5, about 1 px) in the mix, 0 to 1."""
-    noise: float = 0.15
+    noise: float = 0.1
     """Greatest standard deviation of white noise, in units of [-1, 1]."""
     brightness: float = 0.08
     """Greatest shift of a picture and, half as large, of each of its channels."""
@@ -138,23 +138,20 @@ class OracleObjective(Objective):
         self.flaws = flaws
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Sum of the four losses; `accuracy` is that of shape and colour together at the centres."""
+        """Sum of the four losses; `accuracy` is of shape and colour together at the centres."""
         maps = self.network(augment(batch["image"], self.flaws, generator))
         size, shape, colour = batch["objects"][..., :3].long().unbind(-1)  # [B, M] each
         place = batch["objects"][..., 3:] * GRID  # [B, M, 2], in cells
 
-        offset = place[:, :, None, None] - cell_centres(place.device)  # [B, M, G, G, 2]
-        bump = torch.exp(-0.5 * offset.square().sum(-1))  # [B, M, G, G]: a Gaussian, sigma 1 cell
+        apart = place[:, :, None, None] - cell_centres(place.device)  # [B, M, G, G, 2]
+        bump = torch.exp(-0.5 * apart.square().sum(-1))  # [B, M, G, G]: a Gaussian, sigma 1 cell
         own = F.one_hot(size + 1, len(SIZES) + 1)[..., 1:]  # [B, M, K]; a missing object owns none
         heat, owner = (bump[:, None] * own.mT[..., None, None]).max(2)  # [B, K, G, G]
 
-        def at_owner(values: Tensor) -> Tensor:  # [B, M] -> [B, K, G, G]
-            return values.gather(1, owner.flatten(1)).view_as(owner)
-
         near = heat > 0.3  # about the 3 x 3 cells around the centre
-        shape, colour = at_owner(shape)[near], at_owner(colour)[near]
-        rows = owner[..., None, None].movedim(-2, 1).expand(-1, 1, -1, -1, -1, 2)[:, 0]
-        offset = offset.gather(1, rows)[near]
+        b, _, row, column = near.nonzero(as_tuple=True)
+        m = owner[near]
+        shape, colour, offset = shape[b, m], colour[b, m], apart[b, m, row, column]
         seen_shape, seen_colour = maps.shape[near].float(), maps.colour[near].float()
 
         # Soft targets keep the cross-entropy above 0; its excess over the entropy is what is left.

@@ -134,5 +134,7 @@ def train(config: TrainPriorConfig) -> None:
         config.run,
         resolved=to_dict(config),
         fresh=config.fresh,
+        prepare_run=lambda run: write_run_model(
+            run, "prior", config.base, config.clip, clip.fingerprint()
+        ),
     )
-    write_run_model(config.run, "prior", config.base, config.clip)

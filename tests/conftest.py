@@ -1,0 +1,125 @@
+"""What several tests share: a whole model at random weights, small enough to draw in no time."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# A test that asks the Hub for anything but what it put into a local cache is a mistake.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts beside the package
+
+CLIP_CFG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+    "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def write_tiny_clip(folder: Path, embed_dim: int = 16, seed: int = 0) -> None:
+    """A CLIP folder at random weights, in open_clip's layout."""
+    from unclip.checkpoint import save_weights
+    from unclip.clip import BPE_NAME, new_clip, write_clip_config, write_vocabulary
+
+    folder.mkdir(parents=True)
+    write_vocabulary(folder / BPE_NAME, 1024)
+    torch.manual_seed(seed)
+    config = {**CLIP_CFG, "embed_dim": embed_dim}
+    model, tokenizer = new_clip(config, folder / BPE_NAME)
+    write_clip_config(folder, config, tokenizer.vocab_size)
+    save_weights(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def liven(network: nn.Module) -> None:
+    """Random weights where the network starts at zero: a fresh one answers nothing to anything."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: CLIP of width 16, prior, decoder of 16 px, upsampler to 64 px.
+
+    Treat it as read-only; copy it to change it.
+    """
+    from unclip.clip import load_clip
+    from unclip.diffusion import DiffusionConfig
+    from unclip.hub import Stages, save_stages
+    from unclip.models import (
+        DecoderConfig,
+        PriorTransformerConfig,
+        UNetConfig,
+        UpsamplerConfig,
+    )
+    from unclip.priors import DiffusionPrior, DiffusionPriorConfig
+    from unclip.stages import (
+        DecoderStage,
+        DecoderStageConfig,
+        UpsamplerStage,
+        UpsamplerStageConfig,
+    )
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_tiny_clip(root / "clip")
+    clip = load_clip(str(root / "clip"))
+    torch.manual_seed(0)
+    prior = DiffusionPrior(
+        DiffusionPriorConfig(
+            network=PriorTransformerConfig(
+                embed_dim=16,
+                text_encodings_dim=32,
+                max_text_len=20,
+                width=32,
+                depth=2,
+                head_dim=16,
+            )
+        )
+    )
+    prior.fit_statistics(torch.nn.functional.normalize(torch.randn(64, 16), dim=-1))
+    decoder = DecoderStage(
+        DecoderStageConfig(
+            network=DecoderConfig(
+                unet=UNetConfig(
+                    image_size=16,
+                    width=32,
+                    channel_mult=(1, 2),
+                    num_res_blocks=1,
+                    attention_resolutions=(4,),
+                    head_dim=32,
+                    patch_size=2,
+                    context_dim=32,
+                ),
+                image_embed_dim=16,
+                text_encodings_dim=32,
+            ),
+        )
+    )
+    upsampler = UpsamplerStage(
+        UpsamplerStageConfig(
+            network=UpsamplerConfig(
+                unet=UNetConfig(
+                    image_size=64,
+                    in_channels=6,
+                    width=32,
+                    channel_mult=(1, 1),
+                    num_res_blocks=1,
+                    attention_resolutions=(),
+                    patch_size=4,
+                )
+            ),
+            diffusion=DiffusionConfig(),
+        )
+    )
+    for stage in (prior, decoder, upsampler):
+        liven(stage.network)
+        stage.eval()
+    folder = root / "model"
+    save_stages(Stages(clip, prior, decoder, [upsampler]), folder, dtype=None)
+    return folder

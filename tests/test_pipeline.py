@@ -1,0 +1,179 @@
+"""The cascade: what decides a picture, what comes back, what is refused before any work."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unclip import UnCLIP
+from unclip.pipeline import CascadeOutput
+
+FAST: dict[str, Any] = {
+    "prior_steps": 3,
+    "decoder_steps": 3,
+    "upsampler_steps": 2,
+    "progress": False,
+}
+PROMPTS = ["a red circle", "a blue square left of a green star"]
+
+
+@pytest.fixture(scope="module")
+def unclip(tiny_model: Path) -> UnCLIP:
+    return UnCLIP.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def drawn(unclip: UnCLIP) -> CascadeOutput:
+    return unclip(PROMPTS, num_images=2, seed=5, **FAST)
+
+
+def test_what_comes_back(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    assert unclip.sizes == [16, 64]
+    assert {size: list(x.shape) for size, x in drawn.by_size.items()} == {
+        16: [4, 3, 16, 16],
+        64: [4, 3, 64, 64],
+    }
+    assert drawn.images is drawn.by_size[64]
+    assert drawn.images.dtype == torch.float32 and drawn.images.abs().max() <= 1
+    assert torch.allclose(drawn.image_embed.norm(dim=1), torch.ones(4))
+    assert drawn.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert drawn.seeds == [5, 6, 7, 8]
+    assert list(drawn.seconds) == ["text", "prior", "decoder", "upsampler_64"]
+    assert all(seconds > 0 for seconds in drawn.seconds.values())
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    alone = unclip(PROMPTS[1], seed=7, **FAST)
+    torch.testing.assert_close(alone.image_embed[0], drawn.image_embed[2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(alone.images[0], drawn.images[2], atol=1e-3, rtol=0)
+    in_threes = unclip(PROMPTS, num_images=2, seed=5, batch_size=3, **FAST)
+    torch.testing.assert_close(in_threes.images, drawn.images, atol=1e-3, rtol=0)
+    assert (drawn.images[2] - drawn.images[3]).abs().max() > 0.1
+
+
+def test_the_same_call_gives_the_same_bits(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    assert torch.equal(unclip(PROMPTS, num_images=2, seed=5, **FAST).images, drawn.images)
+
+
+def test_seeds_may_be_given_one_by_one(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    given = unclip([PROMPTS[0]] * 2, seed=[6, 5], **FAST)
+    torch.testing.assert_close(given.images, drawn.images[[1, 0]], atol=1e-3, rtol=0)
+
+
+def first_noise(unclip: UnCLIP, stage: str, **options: Any) -> torch.Tensor:
+    seen = []
+
+    def watch(at: str, step: int, timestep: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
+        if at == stage and step == 0:
+            seen.append(x_t.clone())
+
+    unclip("a red circle", **{**FAST, **options}, callback=watch)
+    return seen[0]
+
+
+@pytest.mark.parametrize("stage", ["decoder", "upsampler_64"])
+def test_no_stage_draws_from_another_ones_noise(unclip: UnCLIP, stage: str) -> None:
+    usual = first_noise(unclip, stage)
+    other = first_noise(unclip, stage, prior_steps=5, num_candidates=1, decoder_steps=2)
+    assert torch.equal(usual, other)
+
+
+def test_an_embedding_skips_the_prior(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    output = unclip(PROMPTS[0], image_embed=drawn.image_embed[0], seed=5, **FAST)
+    assert "prior" not in output.seconds
+    torch.testing.assert_close(output.images[0], drawn.images[0], atol=1e-3, rtol=0)
+    without_caption = unclip(image_embed=drawn.image_embed[:3], num_images=2, size=16, **FAST)
+    assert without_caption.images.shape == (6, 3, 16, 16)
+    assert without_caption.prompts == [None] * 6
+
+
+def test_size_stops_early(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    small = unclip(PROMPTS, num_images=2, seed=5, size=16, **FAST)
+    assert list(small.by_size) == [16]
+    assert torch.equal(small.images, drawn.by_size[16])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "dpm++sde", "unipc"])
+def test_every_sampler_runs_in_every_stage(unclip: UnCLIP, sampler: str) -> None:
+    samplers = {k: sampler for k in ("prior_sampler", "sampler", "upsampler_sampler")}
+    assert torch.isfinite(unclip("a red circle", **FAST, **samplers).images).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_about_the_same(
+    tiny_model: Path, drawn: CascadeOutput, dtype: torch.dtype
+) -> None:
+    half = UnCLIP.from_pretrained(tiny_model, dtype=dtype)
+    assert half.dtype == dtype
+    output = half(PROMPTS, num_images=2, seed=5, **FAST)
+    assert output.images.dtype == torch.float32
+    assert (output.images - drawn.images).abs().mean() < 0.1
+
+
+def test_round_trip_draws_the_same(unclip: UnCLIP, drawn: CascadeOutput, tmp_path: Path) -> None:
+    unclip.save_pretrained(tmp_path / "again")
+    again = UnCLIP.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(PROMPTS, num_images=2, seed=5, **FAST).images, drawn.images)
+
+
+def test_a_stage_of_another_model(tiny_model: Path, drawn: CascadeOutput, tmp_path: Path) -> None:
+    changed = UnCLIP.from_pretrained(tiny_model)
+    with torch.no_grad():
+        changed.prior.network.out.bias += 1
+    changed.save_pretrained(tmp_path / "changed")
+    unclip = UnCLIP.from_pretrained(tiny_model, prior=tmp_path / "changed")
+    output = unclip(PROMPTS, num_images=2, seed=5, **FAST)
+    assert not torch.allclose(output.image_embed, drawn.image_embed, atol=1e-2)
+    same = unclip(PROMPTS[0], image_embed=drawn.image_embed[0], seed=5, **FAST)
+    torch.testing.assert_close(same.images[0], drawn.images[0], atol=1e-3, rtol=0)
+
+
+def test_a_prompt_that_is_too_long_names_what_was_cut(unclip: UnCLIP) -> None:
+    long = " ".join(["circle"] * 20) + " tail"
+    with pytest.warns(UserWarning, match=r"more than 20 tokens; cut off: .*tail'"):
+        unclip(long, size=16, **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        unclip("a red", size=16, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ""}, "prompt must not be empty; got ''"),
+        ({"prompts": ["a red circle", "  "]}, "prompt must not be empty; got '  '"),
+        ({"prompts": []}, "prompts must hold at least one caption"),
+        ({"prompts": None}, "prompts must be given where image_embed is not"),
+        ({"guidance_scale": -1.0}, "^guidance_scale must not be negative; got -1.0: use 1"),
+        ({"guidance_scale": float("nan")}, "^guidance_scale must not be negative; got nan"),
+        ({"prior_guidance_scale": -2.0}, "prior_guidance_scale must not be negative; got -2.0"),
+        ({"sampler": "dimm"}, "^sampler must be one of .*; got 'dimm': did you mean 'ddim'"),
+        ({"prior_sampler": "plms"}, "^prior_sampler must be one of ddpm, ddim"),
+        ({"upsampler_sampler": "x"}, "^upsampler_sampler must be one of ddpm, ddim"),
+        ({"num_images": 0}, "num_images must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"num_candidates": 0}, "num_candidates must be at least 1; got 0: use 2"),
+        ({"prior_steps": 0}, "prior_steps must be at least 1; got 0: use 32"),
+        ({"decoder_steps": 2000}, "^decoder_steps must be between 1 and num_train_timesteps = 10"),
+        ({"upsampler_steps": 2000}, "^upsampler_steps must be between 1 and"),
+        ({"eta": 2.0}, r"eta must lie in \[0, 1\]"),
+        ({"eta": 0.5, "sampler": "dpm++"}, "be 0 unless sampler is 'ddim'; got 0.5 with 'dpm"),
+        ({"size": 100}, "size must be one of 16, 64, the sides this model draws; got 100"),
+        ({"seed": [1, 2]}, "seed must be one number, or one a picture, 1; got 2"),
+        ({"image_embed": torch.zeros(3, 16)}, r"image_embed must be \[16\], or \[1, 16\]"),
+        ({"image_embed": torch.zeros(8)}, r"image_embed must be \[16\]"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    unclip: UnCLIP, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(unclip, "_batch", lambda *_: pytest.fail("it began to work"))
+    with pytest.raises(ValueError, match=message):
+        unclip(**{"prompts": "a red circle", **arguments}, progress=False)
+
+
+def test_stages_that_do_not_fit_are_refused(unclip: UnCLIP) -> None:
+    with pytest.raises(ValueError, match="must take the 64 px of the stage before it"):
+        UnCLIP(unclip.clip, unclip.prior, unclip.decoder, unclip.upsamplers * 2)

@@ -1,0 +1,202 @@
+"""sample.py: what it writes, what a PNG remembers, and how it says that the input is at fault."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import sample
+from unclip.hub import names
+from unclip.pipeline import CascadeOptions
+
+FAST = ["--prior-steps", "2", "--steps", "2", "--upsampler-steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs the script in this process on the tiny model; returns its exit code."""
+
+    def run(*words: str, model: bool = True) -> int:
+        where = ["--out", str(tmp_path / "out"), *(["--model", str(tiny_model)] if model else [])]
+        try:
+            return sample.main([*where, *words])
+        except SystemExit as error:  # argparse's way out
+            return int(error.code or 0)
+
+    return run
+
+
+def outputs(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_alone_it_draws_four_captions_with_the_shipped_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "pretrained" / "shapes")
+    # A copy of the checkout's script beside no model: the real one may or may not be there yet.
+    monkeypatch.setattr(names, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["--guidance", "3.0"]) == 0
+    files = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert files == [
+        "0000-a-red-circle-left-of-a-blue-square.png",
+        "0000-grid.png",
+        "0001-a-yellow-star-in-the-top-right-corner.png",
+        "0002-a-big-green-triangle-in-the-middle.png",
+        "0003-a-purple-heart-above-an-orange-cross.png",
+    ]
+
+
+def test_pictures_grid_and_report(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "a red circle", "--prompt", "a blue star", "--num-images", "2", *FAST]
+    assert run(*words) == 0
+    captured = capsys.readouterr()
+    assert outputs(tmp_path) == [
+        "0000-a-red-circle.png",
+        "0000-grid.png",
+        "0001-a-red-circle.png",
+        "0002-a-blue-star.png",
+        "0003-a-blue-star.png",
+    ]
+    for name in outputs(tmp_path):
+        assert name in captured.out
+    assert re.search(r"4 pictures in .* s: text .* s, prior .* s, decoder .* s, ups", captured.out)
+    assert "decoder" in captured.err  # the progress bars
+    grid = Image.open(tmp_path / "out" / "0000-grid.png")
+    assert grid.width == 2 * (128 + 12) + 12  # two columns, wide enough for captions
+    # A second run numbers on.
+    assert run(*words) == 0
+    assert len(outputs(tmp_path)) == 10
+    assert "0004-a-red-circle.png" in outputs(tmp_path)
+
+
+def test_a_png_says_what_made_it_and_is_repeated_exactly(
+    run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a réd circle", "--num-images", "9", "--seed", "7", "--guidance", "2"]
+    assert run(*words, *FAST) == 0  # 9 pictures: the last one is alone in its batch
+    for k in (3, 8):
+        original = tmp_path / "out" / f"{k:04d}-a-réd-circle.png"
+        with Image.open(original) as picture:
+            made_by = json.loads(picture.info["unclip"])
+            assert picture.info["Description"] == "a réd circle"
+        assert made_by["prompt"] == "a réd circle"
+        assert made_by["seed"] == 7 + k
+        assert made_by["model"] == str(tiny_model)
+        assert made_by["options"]["guidance_scale"] == 2.0
+        assert made_by["options"]["decoder_steps"] == 2
+        capsys.readouterr()
+        assert run("--from-png", str(original), model=False) == 0
+        printed = capsys.readouterr().out
+        assert f"identical to {original}" in printed
+        again = Path(printed.split("\n")[1])
+        assert again != original
+        with Image.open(original) as one, Image.open(again) as other:
+            assert one.tobytes() == other.tobytes()
+            assert json.loads(other.info["unclip"]) == made_by
+
+
+def test_prompts_from_a_file(run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n  a blue star \n")
+    assert run("--prompts-file", str(file), "--size", "16", *FAST) == 0
+    assert "0001-a-blue-star.png" in outputs(tmp_path)
+    assert Image.open(tmp_path / "out" / "0001-a-blue-star.png").size == (16, 16)
+
+
+def test_a_cut_prompt_is_warned_of_in_one_line(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", " ".join(["circle"] * 20) + " tail", "--size", "16", *FAST) == 0
+    lines = [line for line in capsys.readouterr().err.split("\n") if "warning" in line]
+    assert len(lines) == 1
+    assert re.search(r"warning: the caption has more than 20 tokens; cut off: .*tail", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "prompt must not be empty"),
+        (["--guidance", "-1"], "guidance_scale must not be negative; got -1.0"),
+        (["--sampler", "dimm"], "sampler must be one of .*did you mean 'ddim'"),
+        (["--steps", "0"], "decoder_steps must be at least 1; got 0"),
+        (["--num-images", "0"], "num_images must be at least 1; got 0"),
+        (["--size", "100"], "size must be one of 16, 64"),
+        (["--model", "nowhere"], "there is no model 'nowhere'"),
+        (["--prior", "nowhere"], "there is no model 'nowhere'"),
+        (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt cannot be read"),
+        (["--from-png", "nowhere.png"], "--from-png nowhere.png cannot be read"),
+        (["--from-png", "x.png", "--guidance", "2"], "leave out --guidance"),
+        (["--from-png", "x.png", "--num-images", "2"], "leave out --num-images"),
+        (["--prompt", "a", "--prompts-file", "x"], "exclude each other"),
+        (["--device", "abacus"], "--device 'abacus' is none of torch's"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--gidance", "2"], "unrecognized arguments: --gidance"),
+        (["--seed", "one"], "invalid int value"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    run, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert run(*words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(message, err)
+
+
+def test_out_that_cannot_be_written_is_noticed_first(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "load", lambda *_: pytest.fail("it loaded the model first"))
+    (tmp_path / "out").write_text("a file in the way")  # root may write anywhere else
+    assert run() == 2
+    assert re.match(r"error: cannot write into --out .*choose another", capsys.readouterr().err)
+
+
+def test_a_png_of_another_origin(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert run("--from-png", str(tmp_path / "x.png")) == 2
+    assert "must be a picture that sample.py wrote" in capsys.readouterr().err
+
+
+def test_a_png_with_forged_settings(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--prompt", "a circle", "--size", "16", *FAST) == 0
+    with Image.open(tmp_path / "out" / "0000-a-circle.png") as picture:
+        made_by = json.loads(picture.info["unclip"])
+        info = sample.PngImagePlugin.PngInfo()
+        info.add_text("unclip", json.dumps({**made_by, "dtype": "load"}))
+        picture.save(tmp_path / "forged.png", pnginfo=info)
+    capsys.readouterr()
+    assert run("--from-png", str(tmp_path / "forged.png"), model=False) == 2
+    assert "settings that sample.py never wrote" in capsys.readouterr().err
+
+
+def test_help_repeats_the_defaults_of_the_cascade() -> None:
+    defaults = {field.name: field.default for field in fields(CascadeOptions)}
+    assert {name for _, name, _, _ in sample.OPTIONS} == set(defaults)
+    for _, name, _, text in sample.OPTIONS:
+        if defaults[name] is not None:
+            assert f"(default: {defaults[name]})" in text
+
+
+def test_help_and_bad_flags_do_not_wait_for_torch() -> None:
+    code = "import sys, sample; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_captions_are_wrapped_to_their_picture() -> None:
+    picture = Image.new("RGB", (256, 256))
+    font = sample.ImageFont.load_default(size=14)
+    lines = sample.wrap("a big striped red circle to the left of a tiny blue square", font, 256)
+    assert len(lines) > 1 and all(font.getlength(line) <= 256 for line in lines)
+    short = sample.grid([picture], ["a"], 1)
+    tall = sample.grid([picture], ["a word " * 30], 1)
+    assert tall.height > short.height

@@ -1,0 +1,1 @@
+"""What the models are worth, measured: the shapes world's score and linear probes of a CLIP."""

@@ -1,0 +1,387 @@
+"""The cascade (paper, section 2): caption -> image embedding -> 64 px -> 256 px (-> 1024 px).
+
+Shapes: P prompts, B pictures (`num_images` for each prompt), D width of CLIP's joint space, S side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.clip import FrozenCLIP, Text
+from unclip.diffusion import DiffusionConfig, make_scheduler, sampling_timesteps
+from unclip.hub import Stages, check_stages, load_stages, save_stages
+from unclip.priors import DiffusionPrior
+from unclip.stages import DecoderStage, SamplingOptions, UpsamplerStage
+
+StageCallback = Callable[[str, int, int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeOptions:
+    """How a picture is drawn; with its caption and its seed, all that decides its pixels."""
+
+    guidance_scale: float = 3.0
+    """Of the decoder, 0 or more; 1 is off."""
+    prior_guidance_scale: float = 1.0
+    """Of the prior; guiding it hurt in the paper."""
+    num_candidates: int = 2
+    """Image embeddings drawn for each picture; the one closest to the caption is kept."""
+    prior_steps: int = 32
+    """Denoising steps of the prior."""
+    decoder_steps: int = 30
+    """Denoising steps of the decoder."""
+    upsampler_steps: int = 12
+    """Denoising steps of each upsampler."""
+    prior_sampler: str = "ddpm"
+    """One of `unclip.diffusion.SAMPLERS`."""
+    sampler: str = "ddim"
+    """The decoder's."""
+    upsampler_sampler: str = "ddim"
+    """The upsamplers'."""
+    eta: float = 0.0
+    """Noise the decoder's `ddim` adds back, 0 to 1."""
+    size: int | None = None
+    """Side to stop at, px: the decoder's or an upsampler's; None: the largest."""
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "prior_guidance_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"{name} must not be negative; got {getattr(self, name)}: use 1 for no "
+                    "guidance, above 1 for more of the condition"
+                )
+        for name in ("num_candidates", "prior_steps", "decoder_steps", "upsampler_steps"):
+            if getattr(self, name) < 1:
+                default = next(f.default for f in fields(self) if f.name == name)
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}: use {default}"
+                )
+        for name in ("prior_sampler", "sampler", "upsampler_sampler"):
+            try:
+                make_scheduler(DiffusionConfig(), getattr(self, name))
+            except ValueError as error:
+                raise ValueError(str(error).replace("sampler", name, 1)) from error
+        if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
+            raise ValueError(
+                f"eta must lie in [0, 1], and be 0 unless sampler is 'ddim'; got {self.eta} with "
+                f"{self.sampler!r}: leave it out or use ddim"
+            )
+
+
+@dataclass(frozen=True)
+class CascadeOutput:
+    """B pictures and how they came about; tensors are fp32 on the CPU."""
+
+    by_size: dict[int, Tensor]
+    """Side S in px -> what that stage drew, [B, 3, S, S] in [-1, 1]; small to large."""
+    image_embed: Tensor
+    """[B, D] what the prior drew, or was given."""
+    prompts: list[str | None]
+    """The caption of each picture."""
+    seeds: list[int]
+    """The seed of each picture."""
+    options: CascadeOptions
+    """How they were drawn."""
+    seconds: dict[str, float]
+    """Stage -> wall-clock time."""
+
+    @property
+    def images(self) -> Tensor:
+        """The largest pictures, [B, 3, S, S] in [-1, 1]."""
+        return self.by_size[max(self.by_size)]
+
+
+class UnCLIP:
+    """A CLIP, a prior, a decoder and upsamplers, run one after the other.
+
+    >>> unclip = UnCLIP.from_pretrained("shapes")
+    >>> images = unclip("a red circle left of a blue square", num_images=4).images
+    """
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        prior: DiffusionPrior,
+        decoder: DecoderStage,
+        upsamplers: Sequence[UpsamplerStage] = (),
+    ) -> None:
+        self.clip = clip
+        self.prior = prior
+        self.decoder = decoder
+        self.upsamplers = list(upsamplers)
+        check_stages(self.stages)
+
+    @property
+    def stages(self) -> Stages:
+        """The four as `unclip.hub` takes them."""
+        return Stages(self.clip, self.prior, self.decoder, self.upsamplers)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sides of the pictures the stages draw, px, small to large."""
+        return [self.decoder.image_size, *(up.image_size for up in self.upsamplers)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is; the other stages are there too."""
+        return next(self.decoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        return next(self.decoder.parameters()).dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "shapes",
+        *,
+        prior: str | Path | None = None,
+        decoder: str | Path | None = None,
+        upsampler: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> UnCLIP:
+        """Load a model.
+
+        Args:
+            name_or_path: a shipped name, a folder (a training run's too), or
+                `org/name[@revision]` on the Hub.
+            prior, decoder, upsampler: models or runs whose stage takes the place of this one's;
+                an upsampler brings with it those its own model puts before and after it.
+            device: where to run.
+            dtype: of prior, decoder and upsamplers; CLIP stays fp32.
+
+        Raises:
+            FileNotFoundError, ValueError: as `unclip.hub.load_stages` does.
+        """
+        others = {"prior": prior, "decoder": decoder, "upsamplers": upsampler}
+        own = {"clip", *(stage for stage, other in others.items() if other is None)}
+        stages = load_stages(name_or_path, device=device, dtype=dtype, only=own)
+        for stage, other in others.items():
+            if other is not None:
+                loaded = load_stages(
+                    other, device=device, dtype=dtype, only={stage}, for_clip=stages.clip
+                )
+                setattr(stages, stage, getattr(loaded, stage))
+        assert stages.clip is not None
+        assert stages.prior is not None and stages.decoder is not None
+        return cls(stages.clip, stages.prior, stages.decoder, stages.upsamplers)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model's folder, whole or not at all; `dtype` None keeps the weights' own."""
+        save_stages(self.stages, folder, dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        image_embed: Tensor | None = None,
+        batch_size: int = 8,
+        progress: bool = True,
+        callback: StageCallback | None = None,
+        **options: Any,
+    ) -> CascadeOutput:
+        """Draw pictures: all of the first prompt, then all of the second, and so on.
+
+        Args:
+            prompts: captions. None with an `image_embed`: the decoder is given no caption.
+            num_images: pictures for each prompt.
+            seed: picture k has the seed `seed + k`; or a sequence of a seed for each picture. A
+                picture depends on its own caption, embedding and seed alone, not on what else is
+                drawn (to the last bits of rounding, which the batch's size may change), and no
+                stage's noise depends on another stage's steps.
+            image_embed: [D] for all prompts, or [P, D]; skips the prior.
+            batch_size: pictures drawn at once.
+            progress: show a bar for each stage.
+            callback: called after each step with (stage, step, timestep, x_t, x_0).
+            options: the fields of `CascadeOptions`.
+
+        Raises:
+            ValueError: an argument is out of its range; nothing has been drawn.
+        """
+        chosen = CascadeOptions(**options)
+        self._check_steps(chosen)
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
+        captions, embeds = self._conditions(prompts, image_embed, num_images)
+        count = len(captions)
+        seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(
+                f"seed must be one number, or one a picture, {count}; got {len(seeds)}: give one"
+            )
+        run = _Run(chosen, progress, callback, seconds={})
+        parts = []
+        for start in range(0, count, batch_size):
+            rows = slice(start, start + batch_size)
+            run.title = f" {start + 1}-{min(start + batch_size, count)}/{count}"
+            run.title = run.title if count > batch_size else ""
+            batch_embeds = None if embeds is None else embeds[rows]
+            parts.append(self._batch(captions[rows], batch_embeds, seeds[rows], run))
+        drawn_embeds, pictures = zip(*parts, strict=True)
+        return CascadeOutput(
+            by_size={size: torch.cat([p[size] for p in pictures]) for size in pictures[0]},
+            image_embed=torch.cat(drawn_embeds),
+            prompts=captions,
+            seeds=seeds,
+            options=chosen,
+            seconds=run.seconds,
+        )
+
+    def _check_steps(self, options: CascadeOptions) -> None:
+        schedules = {
+            "prior_steps": [self.prior.config.diffusion],
+            "decoder_steps": [self.decoder.config.diffusion],
+            "upsampler_steps": [up.config.diffusion for up in self.upsamplers],
+        }
+        for name, configs in schedules.items():
+            for config in configs:
+                try:
+                    sampling_timesteps(config, getattr(options, name))
+                except ValueError as error:
+                    message = str(error).replace("num_inference_steps", name, 1)
+                    raise ValueError(message) from error
+        if options.size is not None and options.size not in self.sizes:
+            raise ValueError(
+                f"size must be one of {', '.join(map(str, self.sizes))}, the sides this model "
+                f"draws; got {options.size}: leave it out for {self.sizes[-1]}"
+            )
+
+    def _conditions(
+        self, prompts: str | Sequence[str] | None, image_embed: Tensor | None, num_images: int
+    ) -> tuple[list[str | None], Tensor | None]:
+        """Captions and embeddings [B, D] (None: to be drawn) of each picture."""
+        if prompts is None and image_embed is None:
+            raise ValueError("prompts must be given where image_embed is not; got neither")
+        given: list[str | None]
+        if prompts is None:
+            assert image_embed is not None
+            given = [None] * (1 if image_embed.ndim == 1 else len(image_embed))
+        else:
+            given = [prompts] if isinstance(prompts, str) else list(prompts)
+            if not given:
+                raise ValueError("prompts must hold at least one caption; got none: give one")
+            for prompt in given:
+                if not isinstance(prompt, str) or not prompt.strip():
+                    raise ValueError(
+                        f"prompt must not be empty; got {prompt!r}: describe the picture in words"
+                    )
+        captions = [prompt for prompt in given for _ in range(num_images)]
+        if image_embed is None:
+            return captions, None
+        embed = image_embed.expand(len(given), -1) if image_embed.ndim == 1 else image_embed
+        if embed.shape != (len(given), self.clip.embed_dim):
+            raise ValueError(
+                f"image_embed must be [{self.clip.embed_dim}], or [{len(given)}, "
+                f"{self.clip.embed_dim}] for {len(given)} prompts; got {list(image_embed.shape)}: "
+                "use this model's own CLIP to make it"
+            )
+        return captions, embed.repeat_interleave(num_images, dim=0)
+
+    def _batch(
+        self, captions: list[str | None], embeds: Tensor | None, seeds: list[int], run: _Run
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Embeddings [B, D] and pictures by size of one batch."""
+        options, device = run.options, self.device
+        text: Text | None = None
+        with run.timed("text", device):
+            prompts = [caption for caption in captions if caption is not None]
+            if prompts:
+                text = self.clip.encode_text(prompts).trimmed()
+        # The weights are in `dtype` already; autocast is what casts the fp32 conditions to them.
+        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast:
+            if embeds is None:
+                assert text is not None
+                with run.timed("prior", device):
+                    embeds = self.prior.sample(
+                        text,
+                        guidance_scale=options.prior_guidance_scale,
+                        num_candidates=options.num_candidates,
+                        generators=picture_generators(seeds, "prior"),
+                        sampler=options.prior_sampler,
+                        num_inference_steps=options.prior_steps,
+                        progress=run.bar("prior"),
+                        callback=run.callback_of("prior"),
+                    )
+            embeds = embeds.to(device, torch.float32)
+            with run.timed("decoder", device):
+                images = self.decoder.sample(
+                    embeds,
+                    text,
+                    picture_generators(seeds, "decoder"),
+                    SamplingOptions(
+                        sampler=options.sampler,
+                        num_inference_steps=options.decoder_steps,
+                        guidance_scale=options.guidance_scale,
+                        eta=options.eta,
+                        progress=run.bar("decoder"),
+                        callback=run.callback_of("decoder"),
+                    ),
+                )
+            by_size = {self.decoder.image_size: images.float().cpu()}
+            for upsampler in self.upsamplers:
+                if options.size is not None and upsampler.image_size > options.size:
+                    break
+                stage = f"upsampler_{upsampler.image_size}"
+                with run.timed(stage, device):
+                    images = upsampler.sample(
+                        images,
+                        picture_generators(seeds, stage),
+                        SamplingOptions(
+                            sampler=options.upsampler_sampler,
+                            num_inference_steps=options.upsampler_steps,
+                            progress=run.bar(stage),
+                            callback=run.callback_of(stage),
+                        ),
+                    )
+                by_size[upsampler.image_size] = images.float().cpu()
+        return embeds.cpu(), by_size
+
+
+@dataclass
+class _Run:
+    """What all batches of one call share."""
+
+    options: CascadeOptions
+    progress: bool
+    callback: StageCallback | None
+    seconds: dict[str, float]
+    title: str = ""
+
+    def bar(self, stage: str) -> str | None:
+        return f"{stage}{self.title}" if self.progress else None
+
+    def callback_of(self, stage: str) -> Callable[[int, int, Tensor, Tensor], None] | None:
+        callback = self.callback
+        return None if callback is None else lambda *step: callback(stage, *step)
+
+    @contextmanager
+    def timed(self, stage: str, device: torch.device) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels run on after the call has returned
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def picture_generators(seeds: Sequence[int], stage: str) -> list[torch.Generator]:
+    """One CPU generator a picture, which depends on its seed and the stage alone."""
+    digests = (hashlib.sha256(f"{stage}/{seed}".encode()).digest() for seed in seeds)
+    # 32 bits are what torch's CPU generator keeps of a seed.
+    return [torch.Generator("cpu").manual_seed(int.from_bytes(d[:4], "little")) for d in digests]

@@ -1,0 +1,53 @@
+"""Draw the loss curves of runs: `python -m unclip.training.plot RUN [RUN ...] --out loss.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; where a resumed run repeats a step, the later line.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {run} is not the folder of a training run")
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+
+
+def plot(runs: list[Path], metric: str, out: Path) -> None:
+    """Write a picture of `metric` against samples seen, one curve a run, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    for run in runs:
+        metrics = [line for line in read_metrics(run) if metric in line]
+        axes.plot([m["samples"] for m in metrics], [m[metric] for m in metrics], label=run.name)
+    axes.set(xlabel="samples seen", ylabel=metric, xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Parse the command line and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--metric", default="loss", help="a key of metrics.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("loss.png"))
+    arguments = parser.parse_args()
+    plot(arguments.runs, arguments.metric, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
