@@ -1,7 +1,10 @@
 """What several tests share: a whole model at random weights, small enough to draw in no time."""
 
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,28 @@ CLIP_CFG = {
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
     "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate's state is one a process; each test may ask for another precision."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@contextmanager
+def full_disk(room: int = 10_000) -> Iterator[None]:
+    """Within the block no file can grow beyond `room` bytes: a write that fails half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_tiny_clip(folder: Path, embed_dim: int = 16, seed: int = 0) -> None:

@@ -45,7 +45,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)

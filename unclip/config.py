@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -24,20 +24,32 @@ def _parser(config_class: type, description: str | None = None) -> ArgumentParse
     return parser
 
 
-def _keys(parser: ArgumentParser) -> dict[str, Any]:
-    return {a.dest: a for a in parser._actions if a.option_strings and a.dest != "help"}
+def _section(hint: Any) -> type | None:
+    """The config class in a field's type: the type itself, or the class of `Section | None`."""
+    options = (hint, *get_args(hint))
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
-def _spell_out(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+def _keys(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field, those of nested and of optional sections included."""
+    keys: dict[str, Any] = {}
+    for name, hint in get_type_hints(config_class).items():
+        keys[prefix + name] = hint
+        if (section := _section(hint)) is not None:
+            keys |= _keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _spell_out(argv: Sequence[str], config_class: type) -> list[str]:
     """Let users type the last part of a name: `--max-steps 20` for `--fit.max_steps 20`.
 
     Dashes and underscores are the same, a bare switch means true, and a last part that several
     sections share must be written out.
     """
-    keys = _keys(parser)
+    keys = {"config": Path, **_keys(config_class)}
     full: list[str] = []
     for i, word in enumerate(argv):
-        if not word.startswith("--") or word in ("--help", "--print_config"):
+        if not word.startswith("--") or word.startswith(("--help", "--print_config")):
             full.append(word)
             continue
         name, equals, value = word[2:].partition("=")
@@ -52,8 +64,8 @@ def _spell_out(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
                 raise ValueError(_unknown(name, keys))
             name = matches[0]
         full.append(f"--{name}{equals}{value}")
-        is_bool = getattr(keys[name], "_typehint", None) is bool
-        if is_bool and not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+        next_is_flag = i + 1 == len(argv) or argv[i + 1].startswith("--")
+        if keys[name] is bool and not equals and next_is_flag:
             full.append("true")
     return full
 
@@ -67,14 +79,17 @@ def _unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f"unknown config key {name!r}: {hint}"
 
 
-def _check_keys(values: Mapping[str, Any], config_class: type, prefix: str = "") -> None:
+def _check_keys(values: Any, config_class: type, prefix: str = "") -> None:
     """Raise on the first key that `config_class` lacks, with the nearest it has."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    if not isinstance(values, Mapping):
+        where = prefix.removesuffix(".") or "a config"
+        raise ValueError(f"{where} must hold keys and their values; got {values!r}")
+    fields = get_type_hints(config_class)
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(_unknown(prefix + key, [prefix + name for name in fields]))
-        section = fields[key].default_factory  # a section's default is its own class
-        if isinstance(value, Mapping) and isinstance(section, type):
+            raise ValueError(_unknown(f"{prefix}{key}", [prefix + name for name in fields]))
+        section = _section(fields[key])
+        if section is not None and (value is not None or fields[key] is section):
             _check_keys(value, section, f"{prefix}{key}.")
 
 
@@ -84,7 +99,7 @@ def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
     parser = _parser(config_class)
     try:
         return _instantiate(parser, config_class, parser.parse_object(dict(values)))
-    except (ArgumentError, TypeError, KeyError) as error:
+    except (ArgumentError, TypeError, KeyError, ValueError) as error:
         raise ValueError(_reason(error)) from error
 
 
@@ -128,7 +143,8 @@ def parse(
             for path in _config_files(words):
                 values = yaml.safe_load(path.read_text()) or {}
                 _check_keys(values, config_class)
-            return _instantiate(parser, config_class, parser.parse_args(_spell_out(words, parser)))
+            words = _spell_out(words, config_class)
+            return _instantiate(parser, config_class, parser.parse_args(words))
         except (ArgumentError, TypeError, yaml.YAMLError) as error:
             raise ValueError(str(error)) from error
     raise AssertionError("unreachable")
@@ -146,7 +162,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _config_files(words: Sequence[str]) -> list[Path]:
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     found = [
         after if word == "--config" else word[9:]
         for word, after in pairs
@@ -162,4 +178,11 @@ def _instantiate(parser: ArgumentParser, config_class: type[T], values: Namespac
 
 
 def _reason(error: Exception) -> str:
-    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+    """One line that says what is wrong. Of a value that fits none of an optional field's types
+    jsonargparse also says that it is not None, and dumps it if it is a section: leave that out."""
+    none = r"\s*- Expected a <class 'NoneType'>.*"
+    text = re.sub(r"\s*Does not validate against .*?Errors:", "", str(error), flags=re.DOTALL)
+    text = re.sub(none + r"Given value: ([^\s({]+)$", r". Got value: \1", text, flags=re.DOTALL)
+    text = re.sub(none, "", text, flags=re.DOTALL)
+    text = re.sub(r"\n\s*- (Problem with given class_path .*?:)?", "\n", text)
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"(?<=[^:\s])\s*\n\s*", "; ", text)).strip()

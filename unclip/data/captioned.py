@@ -157,9 +157,9 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
 
     def _set_bad(self, row: dict[str, Any], index: int, error: Exception) -> None:
         name = f"{_key(row, index)} of {row.get('__url__', self.config.data)}"
-        logger.warning("skipped %s: %s", name, error)
         self._bad[index] = True
         bad = int(self._bad.sum())
+        logger.warning("skipped %s: %s (%d of %d so far)", name, error, bad, len(self))
         if bad > len(self) / 2:
             raise RuntimeError(
                 f"{bad} of the {len(self)} pictures cannot be read, the last being {name}: {error}"

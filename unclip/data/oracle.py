@@ -54,9 +54,11 @@ class OracleConfig:
     """Size of the network and how its maps are read."""
 
     width: int = 64
-    """Channels of the trunk."""
-    dilations: tuple[int, ...] = (1, 2, 1, 2)
-    """Dilation of each residual block; together they must see the largest object whole."""
+    """Channels at 16 x 16."""
+    fine_blocks: int = 2
+    """Residual blocks at 32 x 32, half as wide: they find edges, whatever the two colours."""
+    dilations: tuple[int, ...] = (1, 2)
+    """Dilation of each block at 16 x 16; together they must see the largest object whole."""
     threshold: float = 0.4
     """Least objectness of a reading, 0 to 1."""
     max_objects: int = 3
@@ -123,6 +125,7 @@ class Oracle(nn.Module):
             nn.Conv2d(12, width // 2, 3, padding=1, bias=False),
             nn.BatchNorm2d(width // 2),
             nn.ReLU(),
+            *(_Residual(width // 2, 1) for _ in range(config.fine_blocks)),
             nn.Conv2d(width // 2, width, 4, stride=2, padding=1, bias=False),  # [B, W, G, G]
             nn.BatchNorm2d(width),
             nn.ReLU(),

@@ -52,7 +52,9 @@ def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
         FileNotFoundError, ValueError: as `CaptionedDataset` does.
     """
     dataset = _open(config)
-    return dataset if config.limit is None else Subset(dataset, range(config.limit))
+    if config.limit is None:
+        return dataset
+    return Subset(dataset, range(min(config.limit, len(dataset))))  # type: ignore[arg-type]
 
 
 def _open(config: SourceConfig) -> Dataset[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def save(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(aside))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: Python's, torch's, its
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"could not write the checkpoint of step {step} to {folder.parent} ({error}); "

@@ -8,9 +8,10 @@ bind each colour to its shape and its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from unclip.checkpoint import save_weights, written_whole
 from unclip.clip import BPE_NAME, new_clip, write_clip_config, write_vocabulary
-from unclip.config import parse, to_dict
+from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.shapes import ShapesConfig, ShapesDataset
 from unclip.training.fit import FitConfig, Objective, fit
 
@@ -131,21 +132,27 @@ class CLIPObjective(Objective):
             save_weights(self.network.state_dict(), temporary / "open_clip_model.safetensors")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    config = parse(TrainCLIPConfig, description=__doc__)
-    vocabulary = config.run / BPE_NAME
-    config.run.mkdir(parents=True, exist_ok=True)
-    write_vocabulary(vocabulary, config.clip.num_merges)
-    torch.manual_seed(config.fit.seed)
-    fit(
-        CLIPObjective(config.clip, vocabulary),
-        ShapesDataset(config.shapes),
-        config.fit,
-        config.run,
-        resolved=to_dict(config),
-        fresh=config.fresh,
-    )
+    config = parse(TrainCLIPConfig, argv, description=__doc__)
+    with one_line_errors():
+        train(config)
+
+
+def train(config: TrainCLIPConfig) -> None:
+    """Train what `config` describes, into its run's folder."""
+    with TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / BPE_NAME
+        write_vocabulary(vocabulary, config.clip.num_merges)
+        torch.manual_seed(config.fit.seed)
+        fit(
+            CLIPObjective(config.clip, vocabulary),
+            ShapesDataset(config.shapes),
+            config.fit,
+            config.run,
+            resolved=to_dict(config),
+            fresh=config.fresh,
+        )
 
 
 if __name__ == "__main__":

@@ -164,12 +164,24 @@ def _accelerator(config: FitConfig, run: Path) -> Accelerator:
         os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
     ):
         os.environ.setdefault("WANDB_MODE", "offline")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(run),
     )
+    if config.tracker != "none" and not accelerator.log_with:  # Accelerate would drop it silently
+        raise ValueError(
+            f"fit.tracker needs {config.tracker}, which is not installed: "
+            f"pip install {config.tracker}, or use none"
+        )
+    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if launched_on_cpu and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+        log.warning(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, unless MPI "
+            "starts it: for more use torchrun --nproc-per-node N SCRIPT"
+        )
+    return accelerator
 
 
 def _micro_batch_size(config: FitConfig, num_processes: int) -> int:
@@ -248,7 +260,8 @@ def fit(
         prepare_run: writes what else the folder needs before the first step.
 
     Raises:
-        ValueError: the folder holds a run with another config, or batch_size cannot be shared out.
+        ValueError: the folder holds a run with another config, batch_size cannot be shared out, or
+            the tracker is not installed.
         OSError: the folder cannot be written.
     """
     accelerator = _accelerator(config, run)
@@ -345,10 +358,11 @@ def fit(
                     file.write(json.dumps({"step": done, **metrics}) + "\n")
             accelerator.log(metrics, step=done)
         if last or done % config.checkpoint_every == 0:
-            checkpoints.save(accelerator, run, done, config.keep_checkpoints)
+            # The checkpoint comes last: what fails before it, a resumed run does again.
             if accelerator.is_main_process:
                 with averaged(ema, objective):
                     objective.export(run / objective.stage)
+            checkpoints.save(accelerator, run, done, config.keep_checkpoints)
         if config.sample_every and (last or done % config.sample_every == 0):
             if accelerator.is_main_process:
                 with averaged(ema, objective):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unclip.config import parse, to_dict
+from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.oracle import GRID, SIDE, SIZES, Oracle, OracleConfig, cell_centres
 from unclip.data.shapes import COLOURS, SHAPES, Scene, ShapesConfig, draw_scene, render
 from unclip.training.fit import FitConfig, Objective, fit
@@ -28,9 +29,9 @@ class AugmentConfig:
     """Flaws of generated pictures that the oracle learns to look past; each has a random strength
     up to these, and half of the pictures go without each."""
 
-    blur: float = 1.0
+    blur: float = 0.8
     """Greatest share of the blurred picture (binomial 5 x 5, about 1 px) in the mix, 0 to 1."""
-    noise: float = 0.1
+    noise: float = 0.08
     """Greatest standard deviation of white noise, in units of [-1, 1]."""
     brightness: float = 0.08
     """Greatest shift of a picture and, half as large, of each of its channels."""
@@ -77,6 +78,8 @@ def describe_objects(scene: Scene) -> Tensor:
 class ReadableShapes(Dataset[dict[str, Tensor]]):
     """Pictures with their objects: even indices show the `train` split, odd ones `held_out`.
 
+    Every third pair of indices is a small object inside a large one, the scene hardest to read.
+
     Samples: ``image`` [3, 64, 64] in [-1, 1], ``objects`` [M, 5] (see `describe_objects`).
     """
 
@@ -93,12 +96,21 @@ class ReadableShapes(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """A batch at once: rendering is vectorised over pictures."""
-        scenes = [draw_scene(self.splits[i % 2], i // 2)[0] for i in indices]
+        scenes = [self._scene(index) for index in indices]
         images = render(scenes, SIDE).float().div_(127.5).sub_(1)
         return [
             {"image": image, "objects": describe_objects(scene)}
             for image, scene in zip(images, scenes, strict=True)
         ]
+
+    def _scene(self, index: int) -> Scene:
+        config = self.splits[index % 2]
+        if index % 6 < 4:
+            return draw_scene(config, index // 2)[0]
+        pairs = replace(config, object_weights=(0.0, 1.0, 0.0))
+        # One pair in five is nested; a stride keeps the searches of two indices apart.
+        tries = (draw_scene(pairs, number)[0] for number in count(index * 1000))
+        return next(scene for scene in tries if scene.relation == "inside")
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -106,11 +118,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     batch, device = len(images), images.device
 
     def strength(channels: int = 1) -> Tensor:  # [B, channels, 1, 1], 0 for every second picture
-        draw = torch.rand((batch, 2, 1, 1), generator=generator, device=device)
-        on, value = draw[:, :1] < 0.5, draw[:, 1:]
-        if channels > 1:
-            value = torch.rand((batch, channels, 1, 1), generator=generator, device=device)
-        return on * value
+        on = torch.rand((batch, 1, 1, 1), generator=generator, device=device) < 0.5
+        return on * torch.rand((batch, channels, 1, 1), generator=generator, device=device)
 
     def signed(channels: int = 1) -> Tensor:
         sign = torch.randint(2, (batch, channels, 1, 1), generator=generator, device=device)
@@ -177,14 +186,15 @@ def main() -> None:
     """Parse the command line and train."""
     config = parse(TrainOracleConfig, description=__doc__)
     torch.manual_seed(config.fit.seed)
-    fit(
-        OracleObjective(config.oracle, config.augment),
-        ReadableShapes(config.shapes),
-        config.fit,
-        config.run,
-        resolved=to_dict(config),
-        fresh=config.fresh,
-    )
+    with one_line_errors():
+        fit(
+            OracleObjective(config.oracle, config.augment),
+            ReadableShapes(config.shapes),
+            config.fit,
+            config.run,
+            resolved=to_dict(config),
+            fresh=config.fresh,
+        )
 
 
 if __name__ == "__main__":
