@@ -1,6 +1,7 @@
 """Configs: the command line, YAML files, and what bad values are told."""
 
 import ast
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,20 +146,18 @@ def test_every_shipped_config_loads(path: Path) -> None:
 
 
 def test_every_field_of_every_config_says_what_it_is() -> None:
-    """A string below each field, as `--help` and readers need it."""
-    fields, silent = 0, []
+    """A string below each field, where its readers look."""
+    said = {}
     for path in sorted((ROOT / "unclip").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            marks = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-            if isinstance(node, ast.ClassDef) and "dataclass(frozen=True, kw_only=True)" in marks:
-                for statement, below in zip(node.body, [*node.body[1:], None], strict=True):
-                    if isinstance(statement, ast.AnnAssign):
-                        fields += 1
-                        said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-                        if not (said and str(below.value.value).strip()):
-                            name = ast.unparse(statement.target)
-                            silent.append(f"{path.relative_to(ROOT)}: {node.name}.{name}")
-            elif isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                silent.append(f"{path.relative_to(ROOT)}: {node.name} is no frozen dataclass")
-    assert fields > 100
-    assert silent == []
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Options")):
+                where = f"{path.relative_to(ROOT)}: {node.name}"
+                assert "dataclass(frozen=True, kw_only=True)" in map(
+                    ast.unparse, node.decorator_list
+                ), where
+                for line, below in itertools.pairwise([*node.body, ast.Pass()]):
+                    if isinstance(line, ast.AnnAssign):
+                        is_string = ast.unparse(below).startswith(("'", '"'))
+                        said[f"{where}.{ast.unparse(line.target)}"] = is_string
+    assert len(said) > 100
+    assert [name for name, is_string in said.items() if not is_string] == []

@@ -133,11 +133,14 @@ def load_stage(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tens
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} holds no {stage}")
-    config = yaml.safe_load(path.read_text())
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     found = config.pop("stage", None) if isinstance(config, dict) else None
     if found != stage:
         raise ValueError(
-            f"{path} must describe a {stage}; got stage {found!r}: pass another folder"
+            f"{path} must describe the stage {stage!r}; got {found!r}: pass another folder"
         )
     tensors = load_weights(Path(folder) / WEIGHTS_NAME)
     return config, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}

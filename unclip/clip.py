@@ -7,6 +7,7 @@ one for use where nothing can be downloaded.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -183,9 +184,10 @@ def load_clip(name: str, device: str | torch.device = "cpu") -> FrozenCLIP:
         return FrozenCLIP(model, open_clip.get_tokenizer(name), name).to(device)
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), 1) or ["ViT-L-14"]
         raise ValueError(
             f"clip must be a folder, hf-hub:org/name, or an open_clip model/tag; got {name!r}: "
-            f"for example ViT-L-14/openai"
+            f"for example {near[0]}/{tag or 'openai'}"
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:

@@ -26,7 +26,7 @@ def _parser(config_class: type, description: str | None = None) -> ArgumentParse
 
 def _section(hint: Any) -> type | None:
     """The config class in a field's type: the type itself, or the class of `Section | None`."""
-    options = (hint, *get_args(hint))
+    options = [option for option in (hint, *get_args(hint)) if isinstance(option, type)]
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 

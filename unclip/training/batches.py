@@ -76,6 +76,7 @@ def loader(dataset: Dataset[Any], batches: GlobalBatches, num_workers: int) -> D
         batch_sampler=batches,
         collate_fn=collate,
         # Without one of its own it draws from torch's, and a resumed run's dropout would differ.
+        generator=torch.Generator(),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,

@@ -91,6 +91,14 @@ class TrainCLIPConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     """The loop."""
 
+    def __post_init__(self) -> None:
+        if self.shapes.image_size != self.clip.image_size or self.shapes.crop_size is not None:
+            raise ValueError(
+                f"shapes must give whole pictures of clip.image_size, {self.clip.image_size} px; "
+                f"got shapes.image_size {self.shapes.image_size} and crop_size "
+                f"{self.shapes.crop_size}: use {self.clip.image_size} and null"
+            )
+
 
 class CLIPObjective(Objective):
     """The symmetric contrastive loss of open_clip over all processes' pictures and captions."""

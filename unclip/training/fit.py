@@ -165,6 +165,9 @@ def _accelerator(config: FitConfig, run: Path) -> Accelerator:
     ):
         os.environ.setdefault("WANDB_MODE", "offline")
     accelerator = Accelerator(
+        # Unless told, Accelerate takes the processes of a machine without a GPU for strangers, each
+        # of which trains alone into the same folder.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.tracker == "none" else config.tracker,
@@ -178,8 +181,8 @@ def _accelerator(config: FitConfig, run: Path) -> Accelerator:
     launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
     if launched_on_cpu and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
         log.warning(
-            "accelerate launch --cpu starts one process, whatever --num_processes says, unless MPI "
-            "starts it: for more use torchrun --nproc-per-node N SCRIPT"
+            "accelerate launch --cpu starts one process, whatever --num_processes says; for N on "
+            "the CPU: CUDA_VISIBLE_DEVICES= accelerate launch --multi_gpu --num_processes N SCRIPT"
         )
     return accelerator
 
