@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "fresh",
+    "run",  # a run's folder may be moved
     *(
         f"fit.{name}"
         for name in (
