@@ -83,6 +83,7 @@ def save_weights(
         save_file(plain, path)
     except SafetensorError as error:  # safetensors reports a full disk as an error of its own
         raise OSError(f"{path}: {error}") from error
+    path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner may read
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

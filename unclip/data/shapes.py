@@ -391,7 +391,7 @@ def render(
 def _paint(picture, rows, objects, distance, size, corner) -> None:  # type: ignore[no-untyped-def]
     """Lay objects of one shape over `picture[rows]`, each inside its bounding box only."""
     side = picture.shape[-1]
-    pad = max(o.radius for o in objects) * 1.15 * size + 1.5
+    pad = max(o.radius for o in objects) * 1.2 * size + 1.5
     box = min(side, int(2 * pad) + 1)
     centre = np.array([(o.x, o.y) for o in objects]) * size - corner  # px in the window
     start = np.clip(np.round(centre - box / 2), 0, side - box).astype(int)
