@@ -122,6 +122,7 @@ def draw(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for _, name, _, _ in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
 
+    check(prompts, options)  # before the model is loaded, not after
     unclip, settings["device"] = load(settings)
     output = unclip(
         prompts,
@@ -204,6 +205,15 @@ def load(settings: dict[str, Any]) -> tuple[UnCLIP, str]:
     )
     print(f"{settings['model']} loaded on {device} in {time.perf_counter() - start:.1f} s")
     return unclip, device
+
+
+def check(prompts: Sequence[str], options: dict[str, Any]) -> None:
+    """Raise ValueError where a prompt or an option is one that the cascade refuses."""
+    from unclip.pipeline import CascadeOptions, check_prompt
+
+    CascadeOptions(**options)
+    for prompt in prompts:
+        check_prompt(prompt)
 
 
 def to_pil(image: Any) -> Image.Image:

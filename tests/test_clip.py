@@ -123,6 +123,33 @@ def test_a_caption_that_is_too_long_is_cut_with_a_warning(clip: FrozenCLIP) -> N
     torch.testing.assert_close(text.text_embed, whole.text_embed)
 
 
+def test_a_data_set_of_long_captions_does_not_flood_the_log(clip: FrozenCLIP) -> None:
+    clip.num_cut = 0
+    with pytest.warns(UserWarning, match="more than 12 tokens") as record:
+        clip.encode_text([f"a b c d e f g h i j k {n}" for n in range(30)])
+    assert len(record) == 10
+    assert "without a word" in str(record[-1].message)
+    assert "without a word" not in str(record[-2].message)
+
+
+def test_training_goes_on_from_another_clip(trained: Path, tmp_path: Path) -> None:
+    start = ["--init", str(trained / "clip"), "--run", str(tmp_path / "again")]
+    main([*SIZES, *FIT, *start, "--max-steps", "1", "--learning-rate", "1e-9"])
+    one, other = load_clip(str(trained / "clip")), load_clip(str(tmp_path / "again" / "clip"))
+    weights = other.model.state_dict()
+    for name, tensor in one.model.named_parameters():
+        torch.testing.assert_close(weights[name], tensor.data, atol=1e-6, rtol=0)
+
+
+def test_training_from_a_clip_of_other_sizes_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--init", str(trained / "clip"), "--run", str(tmp_path / "x"), "--text-layers", "1"]
+    with pytest.raises(SystemExit):
+        main([*SIZES, *FIT, *words])
+    assert "init must be a CLIP of the sizes in `clip`" in capsys.readouterr().err
+
+
 def test_captions_must_be_strings(clip: FrozenCLIP) -> None:
     with pytest.raises(TypeError, match="captions must be strings; got int"):
         clip.encode_text([3])  # type: ignore[list-item]

@@ -362,6 +362,18 @@ def test_decoder_with_the_empty_prompt_as_null():
         network.encode_context(image_embed=image_embed)
 
 
+def test_embeddings_are_scaled_to_unit_variance_unless_told_otherwise():
+    image_embed = F.normalize(torch.randn(2, 10), dim=-1)
+    scaled, plain = Decoder(TINY_DECODER), Decoder(replace(TINY_DECODER, embed_scale=1.0))
+    plain.load_state_dict(scaled.state_dict())
+    emb = scaled.encode_context(image_embed=image_embed)["emb"]
+    same = plain.encode_context(image_embed=image_embed * 10**0.5)["emb"]
+    torch.testing.assert_close(emb, same)
+    dropped = {"image_embed": image_embed, "drop_image": torch.ones(2, dtype=torch.bool)}
+    null = [network.encode_context(**dropped)["emb"] for network in (scaled, plain)]
+    torch.testing.assert_close(*null)  # the null is learned at the size the layers see
+
+
 def test_decoder_picture_alone_equals_picture_in_a_batch():
     network = randomised(Decoder(TINY_DECODER))
     context = network.encode_context(image_embed=torch.randn(2, 10), **captions())

@@ -269,6 +269,21 @@ def test_what_is_drawn_has_the_colours_it_should() -> None:
 # --- config
 
 
+def test_the_world_can_be_made_plainer_or_richer() -> None:
+    def objects(**values) -> list[SceneObject]:
+        config = ShapesConfig(object_weights=(1, 0, 0), **values)
+        return [draw_scene(config, k)[0].objects[0] for k in range(200)]
+
+    plain = objects(jitter=0, small=0, tilted=0, striped=0, outlined=0)
+    assert {o.size for o in plain} == {"large"}
+    assert not any(o.tilted or o.striped or o.outlined for o in plain)
+    assert len({o.x for o in plain if o.cell[0] == 1}) == 1
+    rich = objects(jitter=0.1, small=1, tilted=1, striped=1, outlined=1)
+    assert {o.size for o in rich} == {"small"}
+    assert all(o.striped and o.outlined for o in rich)
+    assert all(o.tilted == (o.shape != "circle") for o in rich)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -276,6 +291,8 @@ def test_what_is_drawn_has_the_colours_it_should() -> None:
         ({"crop_size": 128}, r"crop_size must lie in 8..image_size; got 128"),
         ({"object_weights": (0, 0, 0)}, "object_weights"),
         ({"variants": 0}, "variants must be at least 1; got 0"),
+        ({"jitter": 0.2}, r"jitter must lie in \[0, 0.1\].*got 0.2"),
+        ({"striped": 1.5}, r"striped must lie in \[0, 1\]; got 1.5"),
     ],
 )
 def test_bad_values_are_refused(values, message) -> None:

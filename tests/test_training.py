@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unclip.data.source import SourceConfig, open_source
+from unclip.diffusion import DiffusionConfig, NoiseSchedule
 from unclip.priors import DiffusionPrior
 from unclip.training import checkpoints
 from unclip.training.batches import GlobalBatches
 from unclip.training.decoder import main as train_decoder
-from unclip.training.fit import FitConfig, Meter, Objective, fit, learning_rate_factor
+from unclip.training.fit import FitConfig, Meter, Objective, draw, fit, learning_rate_factor
 from unclip.training.prior import main as train_prior
 
 # The tiny CLIP reads 20 tokens, and some captions of the shapes world have more.
@@ -358,6 +359,31 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert factors[10] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1, abs=1e-2)
     assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
+
+
+def test_a_shift_draws_noisy_timesteps_more_often() -> None:
+    schedule, x_0 = NoiseSchedule(DiffusionConfig()), torch.zeros(20_000, 1)
+
+    def below_half(shift: float) -> float:
+        timesteps, _ = draw(x_0, schedule, torch.Generator().manual_seed(0), shift)
+        assert timesteps.min() < 10 and timesteps.max() > 990
+        return (timesteps < 500).float().mean().item()
+
+    assert abs(below_half(1.0) - 1 / 2) < 0.02
+    assert abs(below_half(2.0) - 1 / 3) < 0.02
+
+
+def test_crops_differ_from_epoch_to_epoch(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 100).convert("RGB").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("noise")
+    source = SourceConfig(data=str(tmp_path), image_size=64, crop_size=8, limit=1)
+    dataset = open_source(source)
+    batches = GlobalBatches(dataset, batch_size=1, micro_batch_size=1, rank=0, num_processes=1)
+    first, second = (dataset[rows[0]]["image"] for rows in itertools.islice(batches, 2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, dataset[0]["image"])
+    with pytest.raises(IndexError):
+        dataset[1, 0]  # type: ignore[index]
 
 
 def test_meter_splits_the_loss_by_timestep_quartile() -> None:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 BPE_NAME = "bpe_vocabulary.txt.gz"
+CUTS_NAMED = 10
+"""Over-long captions that are warned of one by one: a data set may be full of them."""
 
 
 class Text(NamedTuple):
@@ -74,6 +76,7 @@ class FrozenCLIP(nn.Module):
         self.register_buffer("mean", (2 * torch.tensor(mean) - 1).view(1, 3, 1, 1), False)
         self.register_buffer("std", (2 * torch.tensor(std)).view(1, 3, 1, 1), False)
         self.context_length = int(tokenizer.context_length)
+        self.num_cut = 0
         empty = self.encode_text([""])
         self.embed_dim = empty.text_embed.shape[1]
         self.text_width = empty.text_encodings.shape[2]
@@ -88,7 +91,8 @@ class FrozenCLIP(nn.Module):
         return next(self.model.parameters()).device
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, N] of captions; too long ones are cut, with a warning that shows the cut.
+        """Token ids [B, N] of captions; too long ones are cut, and the first ten are warned of
+        with what was cut.
 
         Raises:
             TypeError: a caption is not a string.
@@ -97,10 +101,12 @@ class FrozenCLIP(nn.Module):
             if not isinstance(caption, str):
                 raise TypeError(f"captions must be strings; got {type(caption).__name__}")
             if cut := self.cut_text(caption):
-                warnings.warn(
-                    f"the caption has more than {self.context_length} tokens; cut off: {cut!r}",
-                    stacklevel=3,
-                )
+                self.num_cut += 1
+                said = f"the caption has more than {self.context_length} tokens; cut off: {cut!r}"
+                if self.num_cut == CUTS_NAMED:
+                    said += "; further captions are cut without a word"
+                if self.num_cut <= CUTS_NAMED:
+                    warnings.warn(said, stacklevel=3)
         return self.tokenizer(list(captions)).to(self.device)
 
     def cut_text(self, caption: str) -> str:

@@ -100,6 +100,12 @@ class CascadeOutput:
         return self.by_size[max(self.by_size)]
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError where a caption is empty, or no text at all."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt must not be empty; got {prompt!r}: describe the picture in words")
+
+
 class UnCLIP:
     """A CLIP, a prior, a decoder and upsamplers, run one after the other.
 
@@ -277,10 +283,7 @@ class UnCLIP:
             if not given:
                 raise ValueError("prompts must hold at least one caption; got none: give one")
             for prompt in given:
-                if not isinstance(prompt, str) or not prompt.strip():
-                    raise ValueError(
-                        f"prompt must not be empty; got {prompt!r}: describe the picture in words"
-                    )
+                check_prompt(prompt)
         captions = [prompt for prompt in given for _ in range(num_images)]
         if image_embed is None:
             return captions, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,49 +60,76 @@ class UpsamplerStageConfig:
     """Schedule, target and loss."""
 
 
-def _sample(
-    stage: DecoderStage | UpsamplerStage,
-    size: int,
-    context: dict[str, Tensor | None],
-    null_context: dict[str, Tensor | None] | None,
-    generators: Sequence[torch.Generator],
-    options: SamplingOptions,
-    x_T: Tensor | None = None,
-) -> Tensor:
-    weight = next(stage.network.parameters())
-    return sample(
-        stage.network,
-        stage.config.diffusion,
-        (len(generators), 3, size, size),
-        context=context,
-        null_context=null_context,
-        guidance_scale=options.guidance_scale,
-        sampler=options.sampler,
-        num_inference_steps=options.num_inference_steps,
-        eta=options.eta,
-        generators=generators,
-        device=weight.device,
-        dtype=weight.dtype,
-        x_T=x_T,
-        progress=options.progress,
-        callback=options.callback,
-    ).clamp(-1, 1)
+class PictureStage(nn.Module):
+    """What decoder and upsamplers share: a network, its config, its folder.
 
+    Attributes:
+        stage: name in checkpoints. config_class: what `config` is. network_class: what it builds.
+    """
 
-class DecoderStage(nn.Module):
-    """P(x | z_i, y): pictures from image embeddings and captions (paper, section 2.1)."""
+    stage: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+    network_class: ClassVar[type[nn.Module]]
 
-    stage = "decoder"
-
-    def __init__(self, config: DecoderStageConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.network = Decoder(config.network)
+        self.network: Any = self.network_class(config.network)
 
     @property
     def image_size(self) -> int:
         """Side of the pictures it draws, px."""
-        return self.config.network.unet.image_size
+        return int(self.config.network.unet.image_size)
+
+    def _denoise(
+        self,
+        size: int,
+        context: dict[str, Tensor | None],
+        null_context: dict[str, Tensor | None] | None,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
+        weight = next(self.network.parameters())
+        return sample(
+            self.network,
+            self.config.diffusion,
+            (len(generators), 3, size, size),
+            context=context,
+            null_context=null_context,
+            guidance_scale=options.guidance_scale,
+            sampler=options.sampler,
+            num_inference_steps=options.num_inference_steps,
+            eta=options.eta,
+            generators=generators,
+            device=weight.device,
+            dtype=weight.dtype,
+            x_T=x_T,
+            progress=options.progress,
+            callback=options.callback,
+        ).clamp(-1, 1)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the stage's folder."""
+        save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
+        config, tensors = load_stage(folder, cls.stage)
+        stage = cls(from_dict(cls.config_class, config))
+        fill(stage, tensors, folder)
+        return stage.eval()
+
+
+class DecoderStage(PictureStage):
+    """P(x | z_i, y): pictures from image embeddings and captions (paper, section 2.1)."""
+
+    stage = "decoder"
+    config_class = DecoderStageConfig
+    network_class = Decoder
+    config: DecoderStageConfig
+    network: Decoder
 
     def encode_context(
         self,
@@ -137,35 +164,17 @@ class DecoderStage(nn.Module):
             everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
             null = self.encode_context(image_embed, text, everything, everything)
         context = self.encode_context(image_embed, text)
-        return _sample(self, self.image_size, context, null, generators, options, x_T)
-
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the stage's folder."""
-        save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
-
-    @classmethod
-    def load(cls, folder: Path) -> DecoderStage:
-        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
-        config, tensors = load_stage(folder, cls.stage)
-        stage = cls(from_dict(DecoderStageConfig, config))
-        fill(stage, tensors, folder)
-        return stage.eval()
+        return self._denoise(self.image_size, context, null, generators, options, x_T)
 
 
-class UpsamplerStage(nn.Module):
+class UpsamplerStage(PictureStage):
     """Pictures to pictures `scale` times larger, by convolutions alone (paper, section 2.1)."""
 
     stage = "upsampler"
-
-    def __init__(self, config: UpsamplerStageConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.network = Upsampler(config.network)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures it draws, px."""
-        return self.config.network.unet.image_size
+    config_class = UpsamplerStageConfig
+    network_class = Upsampler
+    config: UpsamplerStageConfig
+    network: Upsampler
 
     def sample(
         self, low_res: Tensor, generators: Sequence[torch.Generator], options: SamplingOptions
@@ -176,16 +185,4 @@ class UpsamplerStage(nn.Module):
             noise_level = torch.zeros(len(low_res), device=low_res.device)
         context = self.network.encode_context(low_res=low_res, noise_level=noise_level)
         size = low_res.shape[-1] * self.config.network.scale
-        return _sample(self, size, context, None, generators, options)
-
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the stage's folder."""
-        save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
-
-    @classmethod
-    def load(cls, folder: Path) -> UpsamplerStage:
-        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
-        config, tensors = load_stage(folder, cls.stage)
-        stage = cls(from_dict(UpsamplerStageConfig, config))
-        fill(stage, tensors, folder)
-        return stage.eval()
+        return self._denoise(size, context, None, generators, options)

@@ -69,7 +69,7 @@ class CaptionedConfig:
 
     crop_size: int | None = None
     """If set, a random square of this many pixels is cut from the resized picture (training of
-    upsamplers). The place depends on `seed` and the sample's index alone."""
+    upsamplers). The place depends on `seed`, the epoch and the sample's index alone."""
 
     seed: int = 0
     """Seed of the random crops."""
@@ -94,7 +94,8 @@ class CaptionedConfig:
 class CaptionedDataset(Dataset[dict[str, Any]]):
     """`ds[i]` is {"image": float32 [3, S, S] in [-1, 1], "caption": str, "key": str}.
 
-    S is `crop_size` if set, else `image_size`.  `key` is the sample's key in a tar, the path within
+    `ds[i, e]` is the same picture in epoch e, with another random crop; `ds[i]` is epoch 0.  S is
+    `crop_size` if set, else `image_size`.  `key` is the sample's key in a tar, the path within
     a folder, or else the row's number.
 
     A picture that cannot be decoded does not stop training: it is named once in the log, entered in
@@ -113,11 +114,13 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"data must hold captioned pictures; got none in {config.data!r}")
         # One flag a sample rather than a dict: a tensor can be shared between processes.
         self._bad = torch.zeros(len(self._rows), dtype=torch.bool).share_memory_()
+        self.varies_by_epoch = config.crop_size is not None
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = index if isinstance(index, tuple) else (index, 0)
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
@@ -125,7 +128,7 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
             if not self._bad[index]:
                 row = self._rows[index]
                 try:
-                    image = self._image(row, index)
+                    image = self._image(row, index, epoch)
                     caption = row["caption"].strip()
                     return {"image": image, "caption": caption, "key": _key(row, index)}
                 except (ValueError, OSError) as error:
@@ -139,18 +142,20 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         for index in self._bad.nonzero().flatten().tolist():
             row = self._rows[index]
             try:
-                self._image(row, index)
+                self._image(row, index, epoch=0)
             except (ValueError, OSError) as error:
                 reasons[_key(row, index)] = str(error)
         return reasons
 
-    def _image(self, row: dict[str, Any], index: int) -> Tensor:
+    def _image(self, row: dict[str, Any], index: int, epoch: int) -> Tensor:
         picture = decode_image(_picture_bytes(row), background=self.config.background)
         image = to_tensor(picture, self.config.image_size)  # [3, image_size, image_size]
         size = self.config.crop_size
         if size is None:
             return image
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(
+            (self.config.seed * 1_000_003 + epoch) * 1_000_033 + index
+        )
         places = self.config.image_size - size + 1
         top, left = torch.randint(places, (2,), generator=generator).tolist()
         return image[:, top : top + size, left : left + size].contiguous()

@@ -110,6 +110,16 @@ class ShapesConfig:
     """Run length of near-copies (one or two attributes changed): hard negatives for CLIP."""
     caption_detail: Literal["varied", "full"] = "varied"
     """`varied` leaves things out at random; `full` names shape, colour and place or relation."""
+    jitter: float = 0.03
+    """How far an object may lie from the centre of its cell each way, as a fraction of the side."""
+    small: float = 0.25
+    """How often an object is small where there is room for a large one."""
+    tilted: float = 0.15
+    """How often an object that is no circle is turned by 17 to 34 degrees."""
+    striped: float = 0.05
+    """How often an object has light stripes."""
+    outlined: float = 0.06
+    """How often an object has a dark rim."""
 
     def __post_init__(self) -> None:
         if self.image_size < 8:
@@ -126,6 +136,16 @@ class ShapesConfig:
                 "shapes.object_weights must be three numbers >= 0, not all 0; got "
                 f"{self.object_weights}: use [0.55, 0.35, 0.1]"
             )
+        if not 0 <= self.jitter <= 0.1:
+            raise ValueError(
+                "shapes.jitter must lie in [0, 0.1], or objects leave their cells; got "
+                f"{self.jitter}: use 0.03"
+            )
+        for name in ("small", "tilted", "striped", "outlined"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"shapes.{name} must lie in [0, 1]; got {getattr(self, name)}: use 0.1"
+                )
         if self.variants < 1:
             raise ValueError(f"shapes.variants must be at least 1; got {self.variants}: use 1")
 
@@ -173,12 +193,14 @@ def _is_test_scene(scene: Scene) -> bool:
 # --- drawing scenes at random ---------------------------------------------------------------------
 
 
-def _object(rng: np.random.Generator, size: str, x: float, y: float) -> SceneObject:
+def _object(
+    rng: np.random.Generator, world: ShapesConfig, size: str, x: float, y: float
+) -> SceneObject:
     shape = SHAPES[rng.integers(len(SHAPES))]
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     radius = float(rng.uniform(*RADII[size]))
     # A circle has no tilt to see, and captions must not name what cannot be seen.
-    tilted = shape != "circle" and rng.random() < 0.25
+    tilted = shape != "circle" and rng.random() < world.tilted
     angle = float(rng.choice((-1, 1)) * rng.uniform(0.3, 0.6)) if tilted else 0.0
     margin = radius + 0.01
     return SceneObject(
@@ -189,46 +211,48 @@ def _object(rng: np.random.Generator, size: str, x: float, y: float) -> SceneObj
         y=min(max(y, margin), 1 - margin),
         radius=radius,
         angle=angle,
-        striped=bool(rng.random() < 0.1),
-        outlined=bool(rng.random() < 0.12),
+        striped=bool(rng.random() < world.striped),
+        outlined=bool(rng.random() < world.outlined),
         shade=float(rng.uniform(0.92, 1.06)),
     )
 
 
-def _in_cell(rng: np.random.Generator, size: str, column: int, row: int) -> SceneObject:
-    dx, dy = rng.uniform(-0.05, 0.05, 2)
-    return _object(rng, size, CELL_CENTRES[column] + dx, CELL_CENTRES[row] + dy)
+def _in_cell(
+    rng: np.random.Generator, world: ShapesConfig, size: str, column: int, row: int
+) -> SceneObject:
+    dx, dy = rng.uniform(-world.jitter, world.jitter, 2)
+    return _object(rng, world, size, CELL_CENTRES[column] + dx, CELL_CENTRES[row] + dy)
 
 
-def _size(rng: np.random.Generator) -> str:
-    return "small" if rng.random() < 0.35 else "large"
+def _size(rng: np.random.Generator, world: ShapesConfig) -> str:
+    return "small" if rng.random() < world.small else "large"
 
 
-def _draw_scene(rng: np.random.Generator, count: int) -> Scene:
+def _draw_scene(rng: np.random.Generator, world: ShapesConfig, count: int) -> Scene:
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     if count == 1:
         column, row = rng.integers(3, size=2)
-        return Scene((_in_cell(rng, _size(rng), column, row),), background)
+        return Scene((_in_cell(rng, world, _size(rng, world), column, row),), background)
     if count == 3:
         # Three cells that do not touch leave room for small objects only.
         cells = [(0, 0), (2, 0), (0, 2), (2, 2), (1, 1)]
         if rng.random() < 0.5:
             cells = [(1, 0), (0, 1), (2, 1), (1, 2)] + cells[4:] * int(rng.random() < 0.5)
         chosen = rng.permutation(len(cells))[:3]
-        return Scene(tuple(_in_cell(rng, "small", *cells[i]) for i in chosen), background)
+        return Scene(tuple(_in_cell(rng, world, "small", *cells[i]) for i in chosen), background)
     relation = RELATIONS[rng.choice(3, p=(0.4, 0.4, 0.2))]
     if relation == "inside":
-        outer = replace(_in_cell(rng, "large", *rng.integers(3, size=2)), striped=False)
+        outer = replace(_in_cell(rng, world, "large", *rng.integers(3, size=2)), striped=False)
         outer = replace(outer, radius=float(rng.uniform(0.27, 0.31)))
         margin = outer.radius + 0.01
         x, y = (min(max(v, margin), 1 - margin) for v in (outer.x, outer.y))
         outer = replace(outer, x=x, y=y)
-        inner = replace(_object(rng, "small", x, y), radius=float(rng.uniform(0.115, 0.13)))
+        inner = replace(_object(rng, world, "small", x, y), radius=float(rng.uniform(0.115, 0.13)))
         return Scene((inner, outer), background, "inside")
     near = int(rng.integers(3))
     far = near if rng.random() < 0.6 else int(rng.integers(3))
     ends = ((0, near), (2, far)) if relation == "left" else ((near, 0), (far, 2))
-    a, b = (_in_cell(rng, _size(rng), *cell) for cell in ends)
+    a, b = (_in_cell(rng, world, _size(rng, world), *cell) for cell in ends)
     return Scene((a, b), background, relation)
 
 
@@ -249,7 +273,7 @@ def _accept(scene: Scene, split: Split) -> bool:
     return _is_test_scene(scene) if split == "held_out" else not held_out(scene)
 
 
-def _variant(rng: np.random.Generator, scene: Scene) -> Scene:
+def _variant(rng: np.random.Generator, world: ShapesConfig, scene: Scene) -> Scene:
     """A near-copy: swap two objects' colours or shapes, swap places, or redraw one attribute."""
     objects = list(scene.objects)
     kind = rng.choice(5, p=(0.15, 0.2, 0.15, 0.2, 0.3))  # shapes are harder to learn than colours
@@ -273,7 +297,7 @@ def _variant(rng: np.random.Generator, scene: Scene) -> Scene:
             objects[i] = replace(objects[i], shape=SHAPES[rng.integers(len(SHAPES))])
         elif len(objects) == 1:
             column, row = rng.integers(3, size=2)
-            moved = _in_cell(rng, objects[0].size, column, row)
+            moved = _in_cell(rng, world, objects[0].size, column, row)
             objects[0] = replace(objects[0], x=moved.x, y=moved.y)
     objects = [replace(o, angle=0.0) if o.shape == "circle" else o for o in objects]
     return replace(scene, objects=tuple(objects))
@@ -286,7 +310,7 @@ def draw_scene(config: ShapesConfig, index: int) -> tuple[Scene, Caption]:
     rng = np.random.Generator(np.random.Philox(key=[config.seed * 2 + salt, group]))
     weights = np.asarray(config.object_weights) / sum(config.object_weights)
     count = 1 + int(rng.choice(3, p=weights))
-    while not _accept(scene := _draw_scene(rng, count), config.split):
+    while not _accept(scene := _draw_scene(rng, config, count), config.split):
         pass
     caption_seed = int(rng.integers(2**62))
 
@@ -300,7 +324,7 @@ def draw_scene(config: ShapesConfig, index: int) -> tuple[Scene, Caption]:
     if member:
         rng = np.random.Generator(np.random.Philox(key=[config.seed, group], counter=member))
         for _ in range(20):
-            changed = _variant(rng, scene)
+            changed = _variant(rng, config, scene)
             # A change that the caption does not tell would make a false negative of the pair.
             if _accept(changed, config.split) and (told := worded(changed)).text != caption.text:
                 return changed, told

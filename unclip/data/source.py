@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from unclip.data.captioned import CaptionedConfig, CaptionedDataset
 from unclip.data.images import WHITE
@@ -43,6 +43,23 @@ class SourceConfig:
             raise ValueError(f"source.limit must be at least 1; got {self.limit}: use 256 or null")
 
 
+class FirstSamples(Dataset[dict[str, Any]]):
+    """The first `count` samples of a data set, or all of them where there are fewer."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], count: int) -> None:
+        self.dataset = dataset
+        self.count = min(count, len(dataset))  # type: ignore[arg-type]
+        self.varies_by_epoch = getattr(dataset, "varies_by_epoch", False)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        if (index[0] if isinstance(index, tuple) else index) >= self.count:
+            raise IndexError(f"sample {index} of {self.count}")
+        return self.dataset[index]
+
+
 def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
     """The data set that `config` names.
 
@@ -54,7 +71,7 @@ def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
     dataset = _open(config)
     if config.limit is None:
         return dataset
-    return Subset(dataset, range(min(config.limit, len(dataset))))  # type: ignore[arg-type]
+    return FirstSamples(dataset, config.limit)
 
 
 def _open(config: SourceConfig) -> Dataset[dict[str, Any]]:

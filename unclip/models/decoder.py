@@ -28,6 +28,10 @@ class DecoderConfig:
     """Width of the caption's token encodings; None: the decoder sees no caption."""
     text_embed_dim: int | None = None
     """Width of CLIP's text embedding, added to the timestep embedding as Karlo does; None: not."""
+    embed_scale: float | None = None
+    """Factor on CLIP's embeddings before any layer sees them. None: the square root of their width,
+    which gives unit-norm embeddings unit variance; without it a network is slow to hear them.
+    Published models were trained at 1."""
     num_image_tokens: int = 4
     """Context tokens made from the image embedding (paper 2.1); 0: only the timestep embedding
     carries it."""
@@ -53,6 +57,10 @@ class DecoderConfig:
             probability = getattr(self, name)
             if not 0 <= probability <= 1:
                 raise ValueError(f"decoder.{name} must lie in [0, 1]; got {probability}: use 0.1")
+        if self.embed_scale is not None and self.embed_scale <= 0:
+            raise ValueError(
+                f"decoder.embed_scale must be above 0; got {self.embed_scale}: use null or 1"
+            )
         if self.layout_size < 0:
             raise ValueError(
                 f"decoder.layout_size must not be negative; got {self.layout_size}: use 0 or 8"
@@ -171,7 +179,7 @@ class Decoder(nn.Module):
                 "drop_text needs decoder.null_text: learned; got 'empty_prompt': pass the empty "
                 "prompt's encodings in the rows to drop"
             )
-        image_embed = drop(image_embed, drop_image, self.null_image_embed)  # [B, D]
+        image_embed = drop(self.scaled(image_embed), drop_image, self.null_image_embed)  # [B, D]
 
         emb = self.image_to_emb(image_embed)  # [B, E]
         if self.text_to_emb is not None:
@@ -201,8 +209,13 @@ class Decoder(nn.Module):
             "layout": self.layout(image_embed),
         }
 
+    def scaled(self, embed: Tensor) -> Tensor:
+        """An embedding of CLIP's [B, D] at the size that the layers are made for."""
+        scale = self.config.embed_scale
+        return embed * (embed.shape[-1] ** 0.5 if scale is None else scale)
+
     def layout(self, image_embed: Tensor) -> Tensor | None:
-        """The coarse map [B, width, h, w] of image embeddings [B, D], as large as the grid."""
+        """The coarse map [B, width, h, w] of scaled embeddings [B, D], as large as the grid."""
         if self.image_to_layout is None:
             return None
         side, grid = self.config.layout_size, self.config.unet.grids[0]
@@ -262,4 +275,5 @@ class Decoder(nn.Module):
                 )
             return repeat(null, "d -> b d", b=like.shape[0]).to(like.dtype)
         check_width("text_embed", text_embed, "decoder.text_embed_dim", width)
+        text_embed = self.scaled(text_embed)
         return text_embed if null is None else drop(text_embed, drop_text, null)

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+Index = int | tuple[int, int]
 
-class GlobalBatches(Sampler[list[int]]):
+
+class GlobalBatches(Sampler[list[Index]]):
     """Endless micro-batches of indices for one process.
 
     Global batch k holds the same samples on any number of processes: positions k B to (k + 1) B of
     an endless sequence, each epoch of it a fresh permutation of the data set (an `endless` data set
-    is its own sequence). The processes, and their accumulation steps, share it out in order.
+    is its own sequence). The processes, and their accumulation steps, share it out in order. Data
+    sets that say they vary by epoch are asked for (index, epoch).
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class GlobalBatches(Sampler[list[int]]):
         self.length = None if getattr(dataset, "endless", False) else len(dataset)  # type: ignore[arg-type]
         if self.length == 0:
             raise ValueError("the data set is empty: training needs at least one sample")
+        self.varies_by_epoch = getattr(dataset, "varies_by_epoch", False)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -39,16 +43,17 @@ class GlobalBatches(Sampler[list[int]]):
         self.seed = seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def _index(self, position: int) -> int:
+    def _index(self, position: int) -> Index:
         if self.length is None:
             return position
         epoch, offset = divmod(position, self.length)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
-        return int(self._order[offset])
+        index = int(self._order[offset])
+        return (index, epoch) if self.varies_by_epoch else index
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Index]]:
         shares = torch.arange(self.batch_size).view(-1, self.micro_batch_size)
         accumulation = len(shares) // self.num_processes
         batch = self.first_batch

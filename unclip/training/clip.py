@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoint import save_weights, written_whole
-from unclip.clip import BPE_NAME, new_clip, write_clip_config, write_vocabulary
+from unclip.clip import BPE_NAME, load_clip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.shapes import ShapesConfig, ShapesDataset
 from unclip.training.fit import FitConfig, Objective, fit
@@ -84,6 +84,8 @@ class TrainCLIPConfig:
     """Folder of this run; the CLIP lands in its sub-folder `clip`."""
     fresh: bool = False
     """Start over, discarding what the run's folder holds."""
+    init: Path | None = None
+    """Folder of a CLIP of the same sizes to start from; None starts at random."""
     clip: SmallCLIPConfig = field(default_factory=SmallCLIPConfig)
     """Sizes."""
     shapes: ShapesConfig = field(default_factory=lambda: ShapesConfig(variants=4, seed=1))
@@ -132,6 +134,20 @@ class CLIPObjective(Objective):
         hit = (image_embed @ text_embed.T).argmax(1) == torch.arange(len(images)).to(images.device)
         return {"loss": loss, "accuracy": hit.float().mean(), "logit_scale": scale.detach()}
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of the CLIP in `folder`.
+
+        Raises:
+            FileNotFoundError, ValueError: it is no CLIP, or one of other sizes.
+        """
+        try:
+            self.network.load_state_dict(load_clip(str(folder)).model.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"init must be a CLIP of the sizes in `clip`; got {folder}, which differs: set "
+                f"clip.* to what its open_clip_config.json says ({str(error).splitlines()[1]})"
+            ) from error
+
     def export(self, folder: Path) -> None:
         """Write the folder in open_clip's layout, which `load_clip` and open_clip read."""
         with written_whole(folder) as temporary:
@@ -153,8 +169,11 @@ def train(config: TrainCLIPConfig) -> None:
         vocabulary = Path(folder) / BPE_NAME
         write_vocabulary(vocabulary, config.clip.num_merges)
         torch.manual_seed(config.fit.seed)
+        objective = CLIPObjective(config.clip, vocabulary)
+        if config.init is not None:
+            objective.start_from(config.init)
         fit(
-            CLIPObjective(config.clip, vocabulary),
+            objective,
             ShapesDataset(config.shapes),
             config.fit,
             config.run,

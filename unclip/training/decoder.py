@@ -68,6 +68,8 @@ class TrainDecoderConfig:
     noise_draws: int = 1
     """Timesteps and noises drawn for each picture of a decoder's batch. Where CLIP and the data
     cost as much as a small network, 2 makes more of each picture."""
+    timestep_shift: float = 1.0
+    """Above 1: the noisy timesteps, where the conditions tell most, are drawn more often."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """Sample grids."""
     fit: FitConfig = field(default_factory=FitConfig)
@@ -82,6 +84,8 @@ class TrainDecoderConfig:
             )
         if self.noise_draws < 1:
             raise ValueError(f"noise_draws must be at least 1; got {self.noise_draws}: use 1")
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift must be above 0; got {self.timestep_shift}: use 1")
         if not 0 <= self.noise_level <= 1:
             raise ValueError(f"noise_level must lie in [0, 1]; got {self.noise_level}: use 0.2")
 
@@ -113,6 +117,7 @@ class DecoderObjective(Objective):
         self.frozen = (clip,)
         self.preview_config = config.preview
         self.noise_draws = config.noise_draws
+        self.timestep_shift = config.timestep_shift
         self.examples = examples
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -124,7 +129,7 @@ class DecoderObjective(Objective):
         if self.noise_draws > 1:
             rows = torch.arange(len(x_0), device=x_0.device).repeat(self.noise_draws)
             x_0, image_embed, text = x_0[rows], image_embed[rows], text.rows(rows)
-        timesteps, noise = draw(x_0, self.schedule, generator)
+        timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
         dropped = torch.rand(2, len(x_0), generator=generator, device=x_0.device)
         network = decoder.config.network
         context = decoder.encode_context(
@@ -174,6 +179,7 @@ class UpsamplerObjective(Objective):
         self.schedule = NoiseSchedule(upsampler.config.diffusion)
         self.degradation = config.degradation
         self.noise_level = config.noise_level
+        self.timestep_shift = config.timestep_shift
         self.preview_config = config.preview
         self.examples = examples
 
@@ -183,7 +189,7 @@ class UpsamplerObjective(Objective):
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of B crops."""
         x_0, network = batch["image"], self.network.network
-        timesteps, noise = draw(x_0, self.schedule, generator)
+        timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
         low_res = degrade(self._low_res(x_0), self.degradation, generator)
         level = None
         if network.config.noise_conditioning:

@@ -132,10 +132,18 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def draw(x_0: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Timesteps [B], uniform, and Gaussian noise of x_0's shape, both from `generator`."""
+def draw(
+    x_0: Tensor, schedule: NoiseSchedule, generator: torch.Generator, shift: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Timesteps [B] and Gaussian noise of x_0's shape, both from `generator`.
+
+    Uniform u in [0, 1) is moved to shift u / (1 + (shift - 1) u) (Esser et al. 2024, equation 23):
+    1 leaves the timesteps uniform, above 1 the noisy ones are drawn more often.
+    """
+    u = torch.rand(len(x_0), generator=generator, device=x_0.device)
+    u = shift * u / (1 + (shift - 1) * u)
     steps = schedule.config.num_train_timesteps
-    timesteps = torch.randint(steps, (len(x_0),), generator=generator, device=x_0.device)
+    timesteps = (u * steps).long().clamp(max=steps - 1)
     return timesteps, torch.randn(x_0.shape, generator=generator, device=x_0.device)
 
 
