@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,14 +246,16 @@ def check_oracle(config: OracleCheckConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Text2ImageConfig:
-    """How a model is measured on captions of held-out scenes."""
+    """How a model is measured on captions of the shapes world."""
 
     model: str = "shapes"
     """What `UnCLIP.from_pretrained` takes: a name, a folder, or `org/name` on the Hub."""
     num: int = 500
     """Captions, a picture each."""
-    split: Literal["train", "held_out"] = "held_out"
-    """Whose captions."""
+    world: ShapesConfig = field(
+        default_factory=lambda: ShapesConfig(split="held_out", caption_detail="full")
+    )
+    """Whose captions: held-out combinations, all named, unless told otherwise."""
     true_embed: bool = False
     """Decode the true picture's image_embed in place of the prior's: the decoder alone."""
     batch_size: int = 25
@@ -262,8 +264,6 @@ class Text2ImageConfig:
     """Where the model runs."""
     seed: int = 0
     """Seed of the noise; picture k has seed + k."""
-    world_seed: int = 0
-    """Seed of the world."""
     cascade: CascadeOptions = field(default_factory=lambda: CascadeOptions(size=64))
     """How pictures are drawn; size 64 stops after the decoder, 256 runs the upsampler too."""
     out: Path | None = None
@@ -273,8 +273,8 @@ class Text2ImageConfig:
 def text2image(config: Text2ImageConfig) -> dict[str, Any]:
     """Draw each caption once and score what the oracle reads on the pictures."""
     pipe = UnCLIP.from_pretrained(config.model, device=config.device)
-    world = ShapesConfig(split=config.split, seed=config.world_seed, caption_detail="full")
-    scenes, captions = zip(*(draw_scene(world, k) for k in range(config.num)), strict=True)
+    drawn_scenes = (draw_scene(config.world, k) for k in range(config.num))
+    scenes, captions = zip(*drawn_scenes, strict=True)
     image_embed = None
     if config.true_embed:
         pictures = _true_pictures(scenes, pipe.clip.image_size)
