@@ -426,7 +426,7 @@ def test_when_most_pictures_are_corrupt_it_stops(tmp_path):
     samples = {f"k{i}": {"png": b"broken", "txt": b"x"} for i in range(4)}
     samples["k3"]["png"] = plain()
     ds = open_set(write_tar(tmp_path / "a.tar", samples))
-    with pytest.raises(RuntimeError, match="3 of the 4 pictures cannot be read, the last being k2"):
+    with pytest.raises(ValueError, match="got 3 of 4 that cannot, the last being k2"):
         ds[0]
 
 

@@ -198,6 +198,23 @@ def test_a_corrupt_picture_in_a_tar_is_skipped_counted_and_named(
     assert said.endswith("(1 of 6 so far)")
 
 
+def test_data_that_is_mostly_corrupt_ends_in_one_line(
+    tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(6):
+        (tmp_path / f"{k}.png").write_bytes(b"broken")
+        (tmp_path / f"{k}.txt").write_text("nothing")
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    config = words("decoder", tmp_path, tiny_model)
+    with pytest.raises(SystemExit):
+        train_decoder([*config, "--data", str(tmp_path), "--num-workers", "1", "--num-images", "1"])
+    lines = capfd.readouterr().err.splitlines()
+    assert (
+        sum("data must hold pictures that can be read; got 4 of 6" in line for line in lines) == 1
+    )
+    assert not any("Traceback" in line for line in lines)
+
+
 # ------------------------------------------------------------------------------ several processes
 
 

@@ -179,9 +179,11 @@ def _instantiate(parser: ArgumentParser, config_class: type[T], values: Namespac
 
 def _reason(error: Exception) -> str:
     """One line that says what is wrong. Of a value that fits none of an optional field's types
-    jsonargparse also says that it is not None, and dumps it if it is a section: leave that out."""
+    jsonargparse also says that it is not None, and dumps it if it is a section; torch puts the
+    traceback of a data worker before its error: leave that out."""
     none = r"\s*- Expected a <class 'NoneType'>.*"
-    text = re.sub(r"\s*Does not validate against .*?Errors:", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"^Caught .*Original Traceback .*\n\S*Error: ", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"\s*Does not validate against .*?Errors:", "", text, flags=re.DOTALL)
     text = re.sub(none + r"Given value: ([^\s({]+)$", r". Got value: \1", text, flags=re.DOTALL)
     text = re.sub(none, "", text, flags=re.DOTALL)
     text = re.sub(r"\n\s*- (Problem with given class_path .*?:)?", "\n", text)

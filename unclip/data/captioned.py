@@ -100,7 +100,7 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
 
     A picture that cannot be decoded does not stop training: it is named once in the log, entered in
     `skipped`, and the next good sample stands in for it, always the same one.  If more than half of
-    the pictures are bad, RuntimeError is raised.  The record of bad pictures lies in shared memory,
+    the pictures are bad, ValueError is raised.  The record of bad pictures lies in shared memory,
     so it covers the workers of a DataLoader too.
 
     Raises FileNotFoundError if `data` names nothing, and ValueError if captions or pictures that
@@ -166,8 +166,9 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         bad = int(self._bad.sum())
         logger.warning("skipped %s: %s (%d of %d so far)", name, error, bad, len(self))
         if bad > len(self) / 2:
-            raise RuntimeError(
-                f"{bad} of the {len(self)} pictures cannot be read, the last being {name}: {error}"
+            raise ValueError(
+                f"data must hold pictures that can be read; got {bad} of {len(self)} that cannot, "
+                f"the last being {name}: {error}: copy or unpack the data set again"
             ) from error
 
 

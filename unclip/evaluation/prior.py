@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.data.shapes import ShapesConfig, ShapesDataset
+from unclip.data.shapes import ShapesConfig, ShapesDataset, Split
 from unclip.diffusion import make_generators
 from unclip.pipeline import UnCLIP
 
@@ -34,8 +34,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return (mean + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-def _held_out(model: UnCLIP, count: int, first: int = 0) -> tuple[Tensor, list[str]]:
-    dataset = ShapesDataset(ShapesConfig(split="held_out", image_size=model.clip.image_size))
+def _embedded(model: UnCLIP, split: Split, count: int, first: int = 0) -> tuple[Tensor, list[str]]:
+    dataset = ShapesDataset(ShapesConfig(split=split, image_size=model.clip.image_size))
     embeds, captions = [], []
     for start in range(first, first + count, 64):
         samples = dataset.__getitems__(range(start, min(start + 64, first + count)))
@@ -46,11 +46,17 @@ def _held_out(model: UnCLIP, count: int, first: int = 0) -> tuple[Tensor, list[s
 
 
 def measure(
-    model: UnCLIP, *, count: int, num_inference_steps: int, sampler: str, num_candidates: int
+    model: UnCLIP,
+    *,
+    count: int,
+    num_inference_steps: int,
+    sampler: str,
+    num_candidates: int,
+    split: Split = "held_out",
 ) -> dict[str, Any]:
-    """Sample one embedding for each of `count` held-out captions, and four for some of them."""
-    truth, captions = _held_out(model, count)
-    other, _ = _held_out(model, count, first=count)
+    """Sample one embedding for each of `count` captions, and four for some of them."""
+    truth, captions = _embedded(model, split, count)
+    other, _ = _embedded(model, split, count, first=count)
     text = model.clip.encode_text(captions)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -71,6 +77,7 @@ def measure(
 
     return {
         "captions": count,
+        "split": split,
         **options,
         "frechet_sampled_to_real": frechet_distance(sampled, truth),
         "frechet_real_to_real": frechet_distance(other, truth),
@@ -88,7 +95,8 @@ def main() -> None:
     """Measure one model's prior and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="shapes", help="shipped name, folder or org/name")
-    parser.add_argument("--num", type=int, default=2000, help="held-out captions")
+    parser.add_argument("--num", type=int, default=2000, help="captions")
+    parser.add_argument("--split", default="held_out", choices=get_args(Split))
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--num-candidates", type=int, default=2)
@@ -101,6 +109,7 @@ def main() -> None:
         num_inference_steps=a.steps,
         sampler=a.sampler,
         num_candidates=a.num_candidates,
+        split=a.split,
     )
     print(json.dumps(result, indent=2))
 

@@ -1,0 +1,55 @@
+"""What is measured of a model: distances of embeddings, probes, the scores of a whole cascade."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclip.data.shapes import ShapesConfig
+from unclip.evaluation.prior import frechet_distance, measure
+from unclip.evaluation.probe import linear_probe
+from unclip.evaluation.shapes import Text2ImageConfig, text2image
+from unclip.pipeline import CascadeOptions, UnCLIP
+
+# The tiny CLIP reads 20 tokens, and some captions of the shapes world have more.
+pytestmark = pytest.mark.filterwarnings("ignore:the caption has more than 20 tokens")
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    a = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    # A shifted mean costs its square; a doubled deviation costs (2 - 1)^2 in each dimension.
+    assert frechet_distance(a, a + torch.tensor([3.0, 0, 0, 0])) == pytest.approx(9, abs=1e-6)
+    assert frechet_distance(a, (a - a.mean(0)) * 2 + a.mean(0)) == pytest.approx(4, rel=0.02)
+
+
+def test_a_linear_probe_finds_what_is_linear_and_nothing_else() -> None:
+    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    halves = x[:400], x[400:]
+    linear = (x[:, 0] > 0).long()
+    assert linear_probe(halves[0], linear[:400], halves[1], linear[400:]) > 0.95
+    xor = ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
+    assert linear_probe(halves[0], xor[:400], halves[1], xor[400:]) < 0.65
+
+
+def test_a_prior_is_measured_beside_its_baselines(tiny_model: Path) -> None:
+    model = UnCLIP.from_pretrained(str(tiny_model))
+    options = {"num_inference_steps": 2, "sampler": "ddim", "num_candidates": 1}
+    result = measure(model, count=32, split="train", **options)  # type: ignore[arg-type]
+    assert result["captions"] == 32 and result["split"] == "train"
+    assert result["frechet_sampled_to_real"] > result["frechet_real_to_real"] > 0
+    assert -1 <= result["cosine_sampled"] < result["cosine_mean_embed"] <= 1
+
+
+def test_a_cascade_is_scored_on_the_world_it_is_told(tiny_model: Path) -> None:
+    config = Text2ImageConfig(
+        model=str(tiny_model),
+        num=4,
+        world=ShapesConfig(object_weights=(0, 1, 0), caption_detail="full"),
+        true_embed=True,
+        cascade=CascadeOptions(size=64, decoder_steps=2, upsampler_steps=2),
+    )
+    result = text2image(config)
+    assert set(result["table"]) == {"2", "all"}
+    assert result["table"]["2"]["all"]["count"] == 4
+    assert result["settings"]["world"]["split"] == "train"
