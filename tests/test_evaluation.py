@@ -50,6 +50,8 @@ def test_a_cascade_is_scored_on_the_world_it_is_told(tiny_model: Path) -> None:
         cascade=CascadeOptions(size=64, decoder_steps=2, upsampler_steps=2),
     )
     result = text2image(config)
-    assert set(result["table"]) == {"2", "all"}
-    assert result["table"]["2"]["all"]["count"] == 4
+    assert set(result["tables"]) == {"16px", "64px"}
+    for table in result["tables"].values():
+        assert set(table) == {"2", "all"}
+        assert table["2"]["all"]["count"] == 4
     assert result["settings"]["world"]["split"] == "train"

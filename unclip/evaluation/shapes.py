@@ -271,7 +271,7 @@ class Text2ImageConfig:
 
 
 def text2image(config: Text2ImageConfig) -> dict[str, Any]:
-    """Draw each caption once and score what the oracle reads on the pictures."""
+    """Draw each caption once and score what the oracle reads on the pictures of each size."""
     pipe = UnCLIP.from_pretrained(config.model, device=config.device)
     drawn_scenes = (draw_scene(config.world, k) for k in range(config.num))
     scenes, captions = zip(*drawn_scenes, strict=True)
@@ -287,10 +287,12 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         **asdict(config.cascade),
     )
-    table = score(drawn.images, scenes, captions, Oracle.load())
     source = "true embeds" if config.true_embed else "prior"
-    print(format_table(table, f"{drawn.images.shape[-1]} px, {source}"))
-    return {"settings": to_dict(config), "table": table, "seconds": drawn.seconds}
+    tables = {}
+    for size, pictures in drawn.by_size.items():
+        tables[f"{size}px"] = table = score(pictures, scenes, captions, Oracle.load())
+        print(format_table(table, f"{size} px, {source}"), flush=True)
+    return {"settings": to_dict(config), "tables": tables, "seconds": drawn.seconds}
 
 
 def main() -> None:
