@@ -100,7 +100,7 @@ class CascadeOutput:
         return self.by_size[max(self.by_size)]
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: object) -> None:
     """Raise ValueError where a caption is empty, or no text at all."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt must not be empty; got {prompt!r}: describe the picture in words")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from unclip.diffusion import DiffusionConfig, sample
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from unclip.priors.base import TextConditioning
 
+Stage = TypeVar("Stage", bound="PictureStage")
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 
 
@@ -114,7 +115,7 @@ class PictureStage(nn.Module):
         save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls: type[Stage], folder: Path) -> Stage:
         """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
         config, tensors = load_stage(folder, cls.stage)
         stage = cls(from_dict(cls.config_class, config))
