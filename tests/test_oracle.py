@@ -269,7 +269,7 @@ def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, true_e
         assert (image_embed is not None) == true_embed
         images = render(scenes, 64).float() / 127.5 - 1
         images[0] = 0.9
-        return SimpleNamespace(images=images, seconds={"decoder": 1.0})
+        return SimpleNamespace(by_size={64: images}, seconds={"decoder": 1.0})
 
     draw.clip = SimpleNamespace(image_size=64, device="cpu", encode_image=lambda x: x.mean((2, 3)))
     monkeypatch.setattr("unclip.pipeline.UnCLIP.from_pretrained", lambda *_, **__: draw)
@@ -277,7 +277,7 @@ def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, true_e
     monkeypatch.setattr("sys.argv", ["shapes", *words, *["--true-embed"] * true_embed])
     main()
     result = json.loads((tmp_path / "a.json").read_text())
-    assert result["table"]["all"]["all"]["fraction"] == 0.75
+    assert result["tables"]["64px"]["all"]["all"]["fraction"] == 0.75
     assert result["settings"]["cascade"]["size"] == 64
 
 
