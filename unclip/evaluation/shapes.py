@@ -288,9 +288,9 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
         **asdict(config.cascade),
     )
     source = "true embeds" if config.true_embed else "prior"
-    tables = {}
+    oracle, tables = Oracle.load(), {}
     for size, pictures in drawn.by_size.items():
-        tables[f"{size}px"] = table = score(pictures, scenes, captions, Oracle.load())
+        tables[f"{size}px"] = table = score(pictures, scenes, captions, oracle)
         print(format_table(table, f"{size} px, {source}"), flush=True)
     return {"settings": to_dict(config), "tables": tables, "seconds": drawn.seconds}
 
