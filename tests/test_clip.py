@@ -147,7 +147,7 @@ def test_training_from_a_clip_of_other_sizes_is_refused(
     words = ["--init", str(trained / "clip"), "--run", str(tmp_path / "x"), "--text-layers", "1"]
     with pytest.raises(SystemExit):
         main([*SIZES, *FIT, *words])
-    assert "init must be a CLIP of the sizes in `clip`" in capsys.readouterr().err
+    assert "init must have a CLIP of the sizes in clip" in capsys.readouterr().err
 
 
 def test_captions_must_be_strings(clip: FrozenCLIP) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,27 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         dot = "." if name else ""
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}{dot}{k}")]
     return [] if old == new or name in MAY_CHANGE else [f"{name}: {old} there, {new} here"]
+
+
+def start_from(network: nn.Module, other: nn.Module, init: str | Path, sizes: str) -> None:
+    """Take the weights of `other`, found under the name `init`.
+
+    Args:
+        network: what is to be trained.
+        other: a network of the same class and sizes.
+        init: the setting that named it, for the error.
+        sizes: the setting that holds the network's sizes, for the error.
+
+    Raises:
+        ValueError: the two differ in their sizes.
+    """
+    try:
+        network.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init must have a {type(network).__name__} of the sizes in {sizes}; got {init}, which "
+            f"differs ({str(error).splitlines()[1].strip()}): set {sizes}.* to what its config says"
+        ) from error
 
 
 def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:

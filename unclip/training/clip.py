@@ -22,6 +22,7 @@ from unclip.checkpoint import save_weights, written_whole
 from unclip.clip import BPE_NAME, load_clip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.shapes import ShapesConfig, ShapesDataset
+from unclip.training import checkpoints
 from unclip.training.fit import FitConfig, Objective, fit
 
 
@@ -134,20 +135,6 @@ class CLIPObjective(Objective):
         hit = (image_embed @ text_embed.T).argmax(1) == torch.arange(len(images)).to(images.device)
         return {"loss": loss, "accuracy": hit.float().mean(), "logit_scale": scale.detach()}
 
-    def start_from(self, folder: Path) -> None:
-        """Take the weights of the CLIP in `folder`.
-
-        Raises:
-            FileNotFoundError, ValueError: it is no CLIP, or one of other sizes.
-        """
-        try:
-            self.network.load_state_dict(load_clip(str(folder)).model.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"init must be a CLIP of the sizes in `clip`; got {folder}, which differs: set "
-                f"clip.* to what its open_clip_config.json says ({str(error).splitlines()[1]})"
-            ) from error
-
     def export(self, folder: Path) -> None:
         """Write the folder in open_clip's layout, which `load_clip` and open_clip read."""
         with written_whole(folder) as temporary:
@@ -171,7 +158,8 @@ def train(config: TrainCLIPConfig) -> None:
         torch.manual_seed(config.fit.seed)
         objective = CLIPObjective(config.clip, vocabulary)
         if config.init is not None:
-            objective.start_from(config.init)
+            model = load_clip(str(config.init)).model
+            checkpoints.start_from(objective.network, model, config.init, "clip")
         fit(
             objective,
             ShapesDataset(config.shapes),

@@ -19,7 +19,7 @@ from unclip.data.images import resize
 from unclip.data.shapes import ShapesDataset
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
-from unclip.hub import load_clip_of, write_run_model
+from unclip.hub import load_clip_of, load_stages, write_run_model
 from unclip.stages import (
     DecoderStage,
     DecoderStageConfig,
@@ -28,6 +28,7 @@ from unclip.stages import (
     UpsamplerStageConfig,
 )
 from unclip.training.batches import collate
+from unclip.training.checkpoints import start_from
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
 
@@ -55,6 +56,9 @@ class TrainDecoderConfig:
     """Model whose CLIP the decoder stands on and whose stages complete it for sampling."""
     clip: str | None = None
     """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
+    init: str | None = None
+    """Model whose decoder or upsampler, of the same sizes, to start from: a name, a folder, or
+    `org/name` on the Hub; None starts at random."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures; an upsampler's are its large size, with `crop_size` a fourth (paper)."""
     decoder: DecoderStageConfig | None = None
@@ -265,12 +269,28 @@ def train(config: TrainDecoderConfig) -> None:
         assert config.decoder is not None
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
-        objective = DecoderObjective(DecoderStage(config.decoder), clip, config, examples)
+        decoder = DecoderStage(config.decoder)
+        if config.init is not None:
+            other = load_stages(config.init, only=["decoder"]).decoder
+            assert other is not None
+            start_from(decoder.network, other.network, config.init, "decoder.network")
+        objective = DecoderObjective(decoder, clip, config, examples)
     else:
         assert config.upsampler is not None
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
-        objective = UpsamplerObjective(UpsamplerStage(config.upsampler), config, examples)
+        upsampler = UpsamplerStage(config.upsampler)
+        if config.init is not None:
+            others = load_stages(config.init, only=["upsamplers"]).upsamplers
+            fitting = [other for other in others if other.image_size == upsampler.image_size]
+            if not fitting:
+                sizes = ", ".join(str(other.image_size) for other in others) or "none"
+                raise ValueError(
+                    f"init must have an upsampler to {upsampler.image_size} px; got {config.init}, "
+                    f"which has {sizes}: leave init out, or change upsampler.network.unet.image_size"
+                )
+            start_from(upsampler.network, fitting[0].network, config.init, "upsampler.network")
+        objective = UpsamplerObjective(upsampler, config, examples)
     fit(
         objective,
         dataset,

@@ -15,9 +15,10 @@ from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss
-from unclip.hub import load_clip_of, write_run_model
+from unclip.hub import load_clip_of, load_stages, write_run_model
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
 from unclip.training.batches import collate
+from unclip.training.checkpoints import start_from
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
 
@@ -33,6 +34,9 @@ class TrainPriorConfig:
     """Model whose CLIP the prior stands on and whose stages complete it for sampling."""
     clip: str | None = None
     """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
+    init: str | None = None
+    """Model whose prior, of the same sizes, to start from: a name, a folder, or `org/name` on the
+    Hub; None starts at random. The embeddings' mean and std are measured anew."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures."""
     prior: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
@@ -126,6 +130,10 @@ def train(config: TrainPriorConfig) -> None:
     dataset = open_source(config.source)
     torch.manual_seed(config.fit.seed)
     prior = DiffusionPrior(config.prior)
+    if config.init is not None:
+        other = load_stages(config.init, only=["prior"]).prior
+        assert other is not None
+        start_from(prior.network, other.network, config.init, "prior.network")
     prior.fit_statistics(embed_pictures(dataset, clip, config.statistics_samples))
     fit(
         PriorObjective(prior, clip),
