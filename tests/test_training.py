@@ -129,7 +129,7 @@ def test_starting_from_weights_of_other_sizes_is_refused(
 def test_starting_from_a_model_without_such_an_upsampler_is_refused(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--unet.image_size", "128", "--source.image_size", "128"]
+    sizes = ["--upsampler.network.unet.image_size", "128", "--source.image_size", "128"]
     with pytest.raises(SystemExit):
         train_decoder(
             [*words("upsampler", tmp_path, tiny_model), "--init", str(tiny_model), *sizes]

@@ -250,6 +250,19 @@ def resolve(config: TrainDecoderConfig, clip: FrozenCLIP) -> TrainDecoderConfig:
     return replace(config, decoder=replace(config.decoder, network=network))
 
 
+def _upsampler_of(name: str, image_size: int) -> UpsamplerStage:
+    """The upsampler to `image_size` of a model."""
+    upsamplers = load_stages(name, only=["upsamplers"]).upsamplers
+    for upsampler in upsamplers:
+        if upsampler.image_size == image_size:
+            return upsampler
+    sizes = " and ".join(str(upsampler.image_size) for upsampler in upsamplers) or "none"
+    raise ValueError(
+        f"init must have an upsampler to {image_size} px; got {name}, which has {sizes}: leave "
+        "init out, or change upsampler.network.unet.image_size"
+    )
+
+
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Parse the command line and train."""
     config = parse(TrainDecoderConfig, argv, default_config=default_config, description=__doc__)
@@ -281,15 +294,8 @@ def train(config: TrainDecoderConfig) -> None:
         examples = _first_samples(dataset, config.preview.num_images)
         upsampler = UpsamplerStage(config.upsampler)
         if config.init is not None:
-            others = load_stages(config.init, only=["upsamplers"]).upsamplers
-            fitting = [other for other in others if other.image_size == upsampler.image_size]
-            if not fitting:
-                sizes = ", ".join(str(other.image_size) for other in others) or "none"
-                raise ValueError(
-                    f"init must have an upsampler to {upsampler.image_size} px; got {config.init}, "
-                    f"which has {sizes}: leave init out, or change upsampler.network.unet.image_size"
-                )
-            start_from(upsampler.network, fitting[0].network, config.init, "upsampler.network")
+            other = _upsampler_of(config.init, upsampler.image_size)
+            start_from(upsampler.network, other.network, config.init, "upsampler.network")
         objective = UpsamplerObjective(upsampler, config, examples)
     fit(
         objective,
