@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unclip.data.shapes import ShapesConfig
+from unclip.data.shapes import ShapesConfig, ShapesDataset
 from unclip.evaluation.prior import frechet_distance, measure
-from unclip.evaluation.probe import linear_probe
+from unclip.evaluation.probe import linear_probe, probe_clip
 from unclip.evaluation.shapes import Text2ImageConfig, text2image
 from unclip.pipeline import CascadeOptions, UnCLIP
 
@@ -27,9 +27,26 @@ def test_a_linear_probe_finds_what_is_linear_and_nothing_else() -> None:
     x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     halves = x[:400], x[400:]
     linear = (x[:, 0] > 0).long()
-    assert linear_probe(halves[0], linear[:400], halves[1], linear[400:]) > 0.95
+    assert linear_probe(halves[0], linear[:400], halves[1], linear[400:]).float().mean() > 0.95
     xor = ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
-    assert linear_probe(halves[0], xor[:400], halves[1], xor[400:]) < 0.65
+    assert linear_probe(halves[0], xor[:400], halves[1], xor[400:]).float().mean() < 0.65
+
+
+def test_a_clip_is_probed_for_each_object_and_relation(tiny_model: Path) -> None:
+    clip = UnCLIP.from_pretrained(str(tiny_model)).clip
+    result = probe_clip(clip, num_train=120, num_test=60)
+    assert set(result["objects_1"]) == {"shape_1", "colour_1", "cell_1"}
+    assert set(result["objects_2"]["shape_2"]) == {"all", "left", "above", "inside"}
+    scores = [score for table in result["objects_2"].values() for score in table.values()]
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_rows_of_a_data_set_are_embedded_a_few_at_a_time(tiny_model: Path) -> None:
+    clip = UnCLIP.from_pretrained(str(tiny_model)).clip
+    dataset = ShapesDataset(ShapesConfig())
+    parts = clip.encode_rows(dataset, [5, 3, 8], batch_size=2)
+    images = torch.stack([dataset[row]["image"] for row in (5, 3, 8)])  # type: ignore[misc]
+    torch.testing.assert_close(parts, clip.encode_image(images), atol=1e-5, rtol=0)
 
 
 def test_a_prior_is_measured_beside_its_baselines(tiny_model: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,19 @@ class FrozenCLIP(nn.Module):
         dtype = next(self.model.parameters()).dtype
         features = self.model.encode_image(images.to(dtype))  # type: ignore[operator]
         return F.normalize(features.float(), dim=-1)
+
+    def encode_rows(
+        self, dataset: Dataset[Any], rows: Sequence[int], batch_size: int = 64
+    ) -> Tensor:
+        """Embed the pictures of some rows of a data set as [len(rows), D], a few at a time: a data
+        set's pictures do not fit into memory together."""
+        fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[row] for row in rows])
+        embeds = []
+        for start in range(0, len(rows), batch_size):
+            samples = fetch(rows[start : start + batch_size])
+            images = torch.stack([sample["image"] for sample in samples])
+            embeds.append(self.encode_image(images.to(self.device)))
+        return torch.cat(embeds)
 
     def fingerprint(self) -> str:
         """A short hash of the weights, to tell two CLIPs of one shape apart."""

@@ -34,17 +34,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return (mean + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-def _embedded(model: UnCLIP, split: Split, count: int, first: int = 0) -> tuple[Tensor, list[str]]:
-    dataset = ShapesDataset(ShapesConfig(split=split, image_size=model.clip.image_size))
-    embeds, captions = [], []
-    for start in range(first, first + count, 64):
-        samples = dataset.__getitems__(range(start, min(start + 64, first + count)))
-        images = torch.stack([s["image"] for s in samples])  # type: ignore[misc]
-        embeds.append(model.clip.encode_image(images.to(model.clip.device)))
-        captions += [str(s["caption"]) for s in samples]
-    return torch.cat(embeds), captions
-
-
 def measure(
     model: UnCLIP,
     *,
@@ -55,8 +44,10 @@ def measure(
     split: Split = "held_out",
 ) -> dict[str, Any]:
     """Sample one embedding for each of `count` captions, and four for some of them."""
-    truth, captions = _embedded(model, split, count)
-    other, _ = _embedded(model, split, count, first=count)
+    dataset = ShapesDataset(ShapesConfig(split=split, image_size=model.clip.image_size))
+    truth = model.clip.encode_rows(dataset, range(count))
+    other = model.clip.encode_rows(dataset, range(count, 2 * count))
+    captions = [dataset.scene(row)[1].text for row in range(count)]
     text = model.clip.encode_text(captions)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,

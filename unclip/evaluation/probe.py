@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,41 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.clip import FrozenCLIP, load_clip
-from unclip.data.shapes import COLOURS, SHAPES, ShapesConfig, ShapesDataset
+from unclip.data.shapes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SceneObject,
+    ShapesConfig,
+    ShapesDataset,
+)
 
 
-def _embedded(
-    clip: FrozenCLIP, config: ShapesConfig, count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embeddings [count, D] and, for each probe, labels [count]."""
-    dataset = ShapesDataset(config)
-    embeds: list[Tensor] = []
-    labels: dict[str, list[int]] = {}
-    for start in range(0, count, 100):
-        rows = list(range(start, min(start + 100, count)))
-        images = torch.stack([sample["image"] for sample in dataset.__getitems__(rows)])  # type: ignore[misc]
-        embeds.append(clip.encode_image(images.to(clip.device)).cpu())
-        for row in rows:
-            scene, _ = dataset.scene(row)
-            for number, thing in enumerate(scene.objects):
-                attributes = {
-                    "shape": SHAPES.index(thing.shape),
-                    "colour": list(COLOURS).index(thing.colour),
-                    "cell": thing.cell[0] * 3 + thing.cell[1],
-                }
-                for name, label in attributes.items():
-                    labels.setdefault(f"{name}_{number + 1}", []).append(label)
-    return torch.cat(embeds), {name: torch.tensor(values) for name, values in labels.items()}
+def labels(objects: Sequence[SceneObject]) -> dict[str, int]:
+    """What the probes are to read of a scene: shape, colour and cell of each object."""
+    found = {}
+    for number, thing in enumerate(objects, start=1):
+        column, row = thing.cell
+        found[f"shape_{number}"] = SHAPES.index(thing.shape)
+        found[f"colour_{number}"] = list(COLOURS).index(thing.colour)
+        found[f"cell_{number}"] = row * 3 + column
+    return found
 
 
 def linear_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, weight_decay: float = 1e-4
-) -> float:
-    """Accuracy on the test set of a linear softmax classifier fitted to the training set.
+) -> Tensor:
+    """Fit a linear softmax classifier to the training set: where is it right on the test set?
 
     Args:
         train_x, test_x: features [S, D]. train_y, test_y: labels [S].
         weight_decay: L2 penalty.
+
+    Returns:
+        [T] bool.
     """
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
@@ -67,27 +65,38 @@ def linear_probe(
 
     optimizer.step(closure)  # type: ignore[arg-type]
     with torch.no_grad():
-        return (layer(test_x).argmax(1) == test_y).float().mean().item()
+        return layer(test_x).argmax(1) == test_y
 
 
 def probe_clip(clip: FrozenCLIP, num_train: int = 6000, num_test: int = 1000) -> dict[str, Any]:
-    """Probe accuracies for scenes of one and of two objects, and retrieval among 256 captions."""
+    """Probe accuracies for scenes of one and of two objects, and retrieval among 256 captions.
+
+    Pairs are also scored by relation: `inside` is the hard one, a small object on a large one."""
     results: dict[str, Any] = {}
     for count in (1, 2):
         weights = (1.0, 0.0, 0.0) if count == 1 else (0.0, 1.0, 0.0)
-        train = _embedded(clip, ShapesConfig(seed=11, object_weights=weights), num_train)
-        test = _embedded(
-            clip, ShapesConfig(seed=11, object_weights=weights, split="held_out"), num_test
-        )
-        results[f"objects_{count}"] = {
-            name: linear_probe(train[0], labels, test[0], test[1][name])
-            for name, labels in train[1].items()
-        }
+        train = ShapesDataset(ShapesConfig(seed=11, object_weights=weights))
+        test = ShapesDataset(ShapesConfig(seed=11, object_weights=weights, split="held_out"))
+        train_x = clip.encode_rows(train, range(num_train)).cpu()
+        test_x = clip.encode_rows(test, range(num_test)).cpu()
+        train_labels = [labels(train.scene(row)[0].objects) for row in range(num_train)]
+        test_scenes = [test.scene(row)[0] for row in range(num_test)]
+        test_labels = [labels(scene.objects) for scene in test_scenes]
+        results[f"objects_{count}"] = table = {}
+        for name in test_labels[0]:
+            train_y, test_y = (
+                torch.tensor([label[name] for label in some])
+                for some in (train_labels, test_labels)
+            )
+            hits = linear_probe(train_x, train_y, test_x, test_y).float()
+            table[name] = {"all": hits.mean().item()}
+            for relation in RELATIONS if count == 2 else ():
+                of_relation = torch.tensor([scene.relation == relation for scene in test_scenes])
+                table[name][relation] = hits[of_relation].mean().item()
     dataset = ShapesDataset(ShapesConfig(seed=11, split="held_out", caption_detail="full"))
-    samples = dataset.__getitems__(range(256))
-    images = torch.stack([sample["image"] for sample in samples]).to(clip.device)  # type: ignore[misc]
-    text = clip.encode_text([str(sample["caption"]) for sample in samples])
-    ranked = (clip.encode_image(images) @ text.text_embed.T).argmax(1).cpu()
+    images = clip.encode_rows(dataset, range(256))
+    text = clip.encode_text([dataset.scene(row)[1].text for row in range(256)])
+    ranked = (images @ text.text_embed.T).argmax(1).cpu()
     results["retrieval_at_1_of_256"] = (ranked == torch.arange(256)).float().mean().item()
     return results
 

@@ -17,7 +17,6 @@ from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss
 from unclip.hub import load_clip_of, load_stages, write_run_model
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
-from unclip.training.batches import collate
 from unclip.training.checkpoints import start_from
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
@@ -102,18 +101,12 @@ class PriorObjective(Objective):
         self.network.save(folder)
 
 
-def embed_pictures(dataset: Dataset[Any], clip: FrozenCLIP, count: int, batch: int = 64) -> Tensor:
-    """Image embeddings [count, D] of pictures spread evenly over a data set."""
+def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
+    """`count` rows spread evenly over a data set: its files may come sorted by subject."""
     total = len(dataset)  # type: ignore[arg-type]
     count = min(count, total)
     stride = 1 if getattr(dataset, "endless", False) else total // count
-    embeds = []
-    for start in range(0, count, batch):
-        rows = [i * stride for i in range(start, min(start + batch, count))]
-        fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[i] for i in rows])
-        images = collate(fetch(rows))["image"].to(clip.device)
-        embeds.append(clip.encode_image(images))
-    return torch.cat(embeds)
+    return [row * stride for row in range(count)]
 
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
@@ -134,7 +127,8 @@ def train(config: TrainPriorConfig) -> None:
         other = load_stages(config.init, only=["prior"]).prior
         assert other is not None
         start_from(prior.network, other.network, config.init, "prior.network")
-    prior.fit_statistics(embed_pictures(dataset, clip, config.statistics_samples))
+    rows = spread_rows(dataset, config.statistics_samples)
+    prior.fit_statistics(clip.encode_rows(dataset, rows))
     fit(
         PriorObjective(prior, clip),
         dataset,
