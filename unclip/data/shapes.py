@@ -243,11 +243,11 @@ def _draw_scene(rng: np.random.Generator, world: ShapesConfig, count: int) -> Sc
     relation = RELATIONS[rng.choice(3, p=(0.4, 0.4, 0.2))]
     if relation == "inside":
         outer = replace(_in_cell(rng, world, "large", *rng.integers(3, size=2)), striped=False)
-        outer = replace(outer, radius=float(rng.uniform(0.27, 0.31)))
+        outer = replace(outer, radius=float(rng.uniform(0.36, 0.40)))
         margin = outer.radius + 0.01
         x, y = (min(max(v, margin), 1 - margin) for v in (outer.x, outer.y))
         outer = replace(outer, x=x, y=y)
-        inner = replace(_object(rng, world, "small", x, y), radius=float(rng.uniform(0.115, 0.13)))
+        inner = replace(_object(rng, world, "small", x, y), radius=float(rng.uniform(0.15, 0.165)))
         return Scene((inner, outer), background, "inside")
     near = int(rng.integers(3))
     far = near if rng.random() < 0.6 else int(rng.integers(3))
