@@ -9,6 +9,7 @@ from unclip.data.shapes import ShapesConfig, ShapesDataset
 from unclip.evaluation.prior import frechet_distance, measure
 from unclip.evaluation.probe import linear_probe, probe_clip
 from unclip.evaluation.shapes import Text2ImageConfig, text2image
+from unclip.hub import load_stages
 from unclip.pipeline import CascadeOptions, UnCLIP
 
 # The tiny CLIP reads 20 tokens, and some captions of the shapes world have more.
@@ -50,9 +51,10 @@ def test_rows_of_a_data_set_are_embedded_a_few_at_a_time(tiny_model: Path) -> No
 
 
 def test_a_prior_is_measured_beside_its_baselines(tiny_model: Path) -> None:
-    model = UnCLIP.from_pretrained(str(tiny_model))
+    model = load_stages(tiny_model, only={"clip", "prior"})
+    assert model.clip is not None and model.prior is not None
     options = {"num_inference_steps": 2, "sampler": "ddim", "num_candidates": 1}
-    result = measure(model, count=32, split="train", **options)  # type: ignore[arg-type]
+    result = measure(model.clip, model.prior, count=32, split="train", **options)  # type: ignore[arg-type]
     assert result["captions"] == 32 and result["split"] == "train"
     assert result["frechet_sampled_to_real"] > result["frechet_real_to_real"] > 0
     assert -1 <= result["cosine_sampled"] < result["cosine_mean_embed"] <= 1

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.clip import FrozenCLIP
 from unclip.data.shapes import ShapesConfig, ShapesDataset, Split
 from unclip.diffusion import make_generators
-from unclip.pipeline import UnCLIP
+from unclip.hub import load_stages
+from unclip.priors import DiffusionPrior
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -35,7 +37,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def measure(
-    model: UnCLIP,
+    clip: FrozenCLIP,
+    prior: DiffusionPrior,
     *,
     count: int,
     num_inference_steps: int,
@@ -44,21 +47,21 @@ def measure(
     split: Split = "held_out",
 ) -> dict[str, Any]:
     """Sample one embedding for each of `count` captions, and four for some of them."""
-    dataset = ShapesDataset(ShapesConfig(split=split, image_size=model.clip.image_size))
-    truth = model.clip.encode_rows(dataset, range(count))
-    other = model.clip.encode_rows(dataset, range(count, 2 * count))
+    dataset = ShapesDataset(ShapesConfig(split=split, image_size=clip.image_size))
+    truth = clip.encode_rows(dataset, range(count))
+    other = clip.encode_rows(dataset, range(count, 2 * count))
     captions = [dataset.scene(row)[1].text for row in range(count)]
-    text = model.clip.encode_text(captions)
+    text = clip.encode_text(captions)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "sampler": sampler,
         "num_candidates": num_candidates,
     }
-    sampled = model.prior.sample(text, generators=make_generators(0, count), **options)
+    sampled = prior.sample(text, generators=make_generators(0, count), **options)
     few = min(count, 64)
     repeated = text.rows(torch.arange(few, device=truth.device).repeat_interleave(4))
     generators = make_generators(1, 4 * few)
-    again = model.prior.sample(repeated, generators=generators, **options).unflatten(0, (few, 4))
+    again = prior.sample(repeated, generators=generators, **options).unflatten(0, (few, 4))
     pairs = torch.einsum("bkd,bld->bkl", F.normalize(again, dim=-1), F.normalize(again, dim=-1))
     off_diagonal = (pairs.sum((1, 2)) - 4) / 12
     mean = truth.mean(0, keepdim=True)
@@ -93,9 +96,11 @@ def main() -> None:
     parser.add_argument("--num-candidates", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
-    model = UnCLIP.from_pretrained(a.model, device=a.device)
+    stages = load_stages(a.model, device=a.device, only={"clip", "prior"})
+    assert stages.clip is not None and stages.prior is not None
     result = measure(
-        model,
+        stages.clip,
+        stages.prior,
         count=a.num,
         num_inference_steps=a.steps,
         sampler=a.sampler,
