@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from unclip.hub.folders import Stages, load_clip_of, load_stages, read_model, save_stages
-from unclip.stages import UpsamplerStage
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -31,11 +30,7 @@ def assemble(
         clip=load_clip_of(clip),
         prior=load_stages(prior, only={"prior"}).prior,
         decoder=load_stages(decoder, only={"decoder"}).decoder,
-        upsamplers=[
-            UpsamplerStage.load(folder)
-            for name in upsamplers
-            for folder in read_model(name).upsamplers
-        ],
+        upsamplers=[read() for name in upsamplers for read in read_model(name).upsamplers],
     )
     save_stages(stages, out, dtype)
 

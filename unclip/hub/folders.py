@@ -14,27 +14,26 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import open_clip
 import torch
 import yaml
 
-from unclip.checkpoint import CONFIG_NAME, save_weights, written_whole
-from unclip.clip import BPE_NAME, FrozenCLIP, load_clip
+from unclip.checkpoint import CONFIG_NAME, written_whole
+from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, UpsamplerStage
 
 MODEL_NAME = "unclip.yaml"
-CLIP_CONFIG_NAME = "open_clip_config.json"
-CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 FORMAT, VERSION = "unclip", 1
 STAGES = ("clip", "prior", "decoder", "upsamplers")
 KINDS = ("clip", "prior", "decoder", "upsampler")
+Stage = TypeVar("Stage")
 
 
 @dataclass
@@ -48,22 +47,24 @@ class Stages:
 
 
 @dataclass
-class ModelFolder:
-    """What `unclip.yaml` says, with paths in place of the names of sub-folders."""
+class Model:
+    """What a model's folder holds, of whatever format; each stage is read when it is called for."""
 
     path: Path
-    clip: str | None = None
-    prior: Path | None = None
-    decoder: Path | None = None
-    upsamplers: list[Path] = field(default_factory=list)
+    clip: Callable[[], FrozenCLIP] | None = None
+    prior: Callable[[], DiffusionPrior] | None = None
+    decoder: Callable[[], DecoderStage] | None = None
+    upsamplers: list[Callable[[], UpsamplerStage]] = field(default_factory=list)
     base: str | None = None
+    """Name of the model that completes this one."""
     clip_fingerprint: str | None = None
+    """Of the CLIP that the stages were trained on."""
 
 
 # ------------------------------------------------------------------------------------ reading
 
 
-def read_model(name: str | Path) -> ModelFolder:
+def read_model(name: str | Path) -> Model:
     """What a model's folder holds, without loading it.
 
     Beside a folder with `unclip.yaml` this takes the folder of a single stage, and one that has
@@ -90,7 +91,7 @@ def read_model(name: str | Path) -> ModelFolder:
 
 
 def _stage_kind(folder: Path) -> str | None:
-    if (folder / CLIP_CONFIG_NAME).is_file():
+    if is_clip_folder(folder):
         return "clip"
     config = folder / CONFIG_NAME
     values = yaml.safe_load(config.read_text()) if config.is_file() else None
@@ -136,25 +137,42 @@ def _check_known(path: Path, prefix: str, values: Mapping[str, Any], keys: Colle
             raise ValueError(f"{path}: unknown key {prefix + str(key)!r}: {hint}")
 
 
-def _from_yaml(folder: Path, values: Mapping[str, Any]) -> ModelFolder:
+def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
     stages = values["stages"]
 
-    def inside(value: str | None) -> Path | None:
-        return None if value is None else folder / value
+    def reader(stage: str, value: str, read: Callable[[Path], Stage]) -> Callable[[], Stage]:
+        return lambda: read(_there(folder, stage, folder / value))
 
-    def there_or_named(value: str | None) -> str | None:
+    def there_or_named(value: str) -> str:
         """A folder seen from this one, else a name as it stands."""
-        return str(folder / value) if value is not None and (folder / value).is_dir() else value
+        return str(folder / value) if (folder / value).is_dir() else value
 
-    return ModelFolder(
-        path=folder,
-        clip=there_or_named(stages.get("clip")),
-        prior=inside(stages.get("prior")),
-        decoder=inside(stages.get("decoder")),
-        upsamplers=[folder / value for value in stages.get("upsamplers", [])],
-        base=there_or_named(values.get("base")),
-        clip_fingerprint=values.get("clip_fingerprint"),
-    )
+    model = Model(folder, clip_fingerprint=values.get("clip_fingerprint"))
+    if (clip := stages.get("clip")) is not None:
+        is_name = "/" in clip or ":" in clip
+        model.clip = lambda: load_clip(
+            there_or_named(clip) if is_name else str(_there(folder, "clip", folder / clip))
+        )
+    if (prior := stages.get("prior")) is not None:
+        model.prior = reader("prior", prior, DiffusionPrior.load)
+    if (decoder := stages.get("decoder")) is not None:
+        model.decoder = reader("decoder", decoder, DecoderStage.load)
+    model.upsamplers = [
+        reader("upsampler", value, UpsamplerStage.load) for value in stages.get("upsamplers", [])
+    ]
+    if (base := values.get("base")) is not None:
+        model.base = there_or_named(base)
+    return model
+
+
+def _there(model: Path, stage: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{model} lacks its {stage}: {model / MODEL_NAME} says it is in {folder}, "
+            f"which is not there; copy the folder again, or take the {stage} out of {MODEL_NAME} "
+            "and name a base that has one"
+        )
+    return folder
 
 
 def load_stages(
@@ -189,14 +207,13 @@ def load_stages(
     stages = Stages()
     for model in chain:
         if "clip" in wanted and stages.clip is None and model.clip is not None:
-            stages.clip = _load_clip_stage(model)
+            stages.clip = model.clip()
         if "prior" in wanted and stages.prior is None and model.prior is not None:
-            stages.prior = DiffusionPrior.load(_there(model, "prior", model.prior))
+            stages.prior = model.prior()
         if "decoder" in wanted and stages.decoder is None and model.decoder is not None:
-            stages.decoder = DecoderStage.load(_there(model, "decoder", model.decoder))
+            stages.decoder = model.decoder()
         if "upsamplers" in wanted:
-            folders = [_there(model, "upsampler", folder) for folder in model.upsamplers]
-            others = [UpsamplerStage.load(folder) for folder in folders]
+            others = [read() for read in model.upsamplers]
             stages.upsamplers = _around(stages.upsamplers, others)
     for stage in ("clip", "prior", "decoder"):
         if stage in wanted and getattr(stages, stage) is None:
@@ -213,9 +230,9 @@ def load_stages(
     return stages
 
 
-def _with_bases(name: str | Path, wanted: set[str]) -> list[ModelFolder]:
+def _with_bases(name: str | Path, wanted: set[str]) -> list[Model]:
     """The model and as much of its chain of bases as `wanted` needs."""
-    chain: list[ModelFolder] = []
+    chain: list[Model] = []
     next_name: str | Path | None = name
     while next_name is not None:
         try:
@@ -241,29 +258,12 @@ def _with_bases(name: str | Path, wanted: set[str]) -> list[ModelFolder]:
     return chain
 
 
-def _there(model: ModelFolder, stage: str, folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{model.path} lacks its {stage}: {model.path / MODEL_NAME} says it is in {folder}, "
-            f"which is not there; copy the folder again, or take the {stage} out of {MODEL_NAME} "
-            "and name a base that has one"
-        )
-    return folder
-
-
-def _lacks(chain: list[ModelFolder], stage: str) -> str:
+def _lacks(chain: list[Model], stage: str) -> str:
     places = " and its base ".join(str(model.path) for model in chain)
     return (
         f"the model {places} lacks a {stage}: add one to {chain[-1].path / MODEL_NAME} under "
         f"stages, or a line 'base: <model that has a {stage}>'"
     )
-
-
-def _load_clip_stage(model: ModelFolder) -> FrozenCLIP:
-    assert model.clip is not None
-    if not Path(model.clip).is_dir() and "/" not in model.clip and ":" not in model.clip:
-        _there(model, "clip", model.path / model.clip)
-    return load_clip(model.clip)
 
 
 def _around(own: list[UpsamplerStage], others: list[UpsamplerStage]) -> list[UpsamplerStage]:
@@ -283,7 +283,7 @@ def input_size(upsampler: UpsamplerStage) -> int:
 # ----------------------------------------------------------------------------------- checking
 
 
-def _check_fingerprints(chain: list[ModelFolder], clip: FrozenCLIP, wanted: set[str]) -> None:
+def _check_fingerprints(chain: list[Model], clip: FrozenCLIP, wanted: set[str]) -> None:
     """Two CLIPs of one width differ in nothing but their weights; the wrong one gives noise."""
     missing = wanted & {"prior", "decoder"}
     for model in chain:
@@ -345,7 +345,7 @@ def load_clip_of(name: str) -> FrozenCLIP:
         FileNotFoundError, ValueError: as `load_stages` and `unclip.clip.load_clip` do.
     """
     is_open_clip = name.partition("/")[0] in open_clip.list_models()
-    if is_open_clip or name.startswith("hf-hub:") or (Path(name) / CLIP_CONFIG_NAME).is_file():
+    if is_open_clip or name.startswith("hf-hub:") or is_clip_folder(Path(name)):
         return load_clip(name)
     clip = load_stages(name, only={"clip"}).clip
     assert clip is not None
@@ -399,15 +399,10 @@ def save_stages(
 
 
 def _save_clip(clip: FrozenCLIP, folder: Path, dtype: torch.dtype | None) -> str:
-    source = Path(clip.name)
-    if not source.is_dir():
+    if not Path(clip.name).is_dir():
         return clip.name
-    target = folder / "clip"
-    target.mkdir()
-    for name in (CLIP_CONFIG_NAME, BPE_NAME):
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
-    save_weights(clip.model.state_dict(), target / CLIP_WEIGHTS_NAME, dtype)
+    (folder / "clip").mkdir()
+    clip.save(folder / "clip", dtype)
     return "clip"
 
 
