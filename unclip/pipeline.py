@@ -306,6 +306,9 @@ class UnCLIP:
             prompts = [caption for caption in captions if caption is not None]
             if prompts:
                 text = self.clip.encode_text(prompts).trimmed()
+            networks = (self.prior.config.network, self.decoder.config.network)
+            reads_empty = any(network.null_text == "empty_prompt" for network in networks)
+            empty = self.clip.encode_text([""]) if reads_empty else None
         # The weights are in `dtype` already; autocast is what casts the fp32 conditions to them.
         autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
@@ -319,6 +322,7 @@ class UnCLIP:
                         generators=picture_generators(seeds, "prior"),
                         sampler=options.prior_sampler,
                         num_inference_steps=options.prior_steps,
+                        empty=empty,
                         progress=run.bar("prior"),
                         callback=run.callback_of("prior"),
                     )
@@ -336,6 +340,7 @@ class UnCLIP:
                         progress=run.bar("decoder"),
                         callback=run.callback_of("decoder"),
                     ),
+                    empty=empty,
                 )
             by_size = {self.decoder.image_size: images.float().cpu()}
             for upsampler in self.upsamplers:

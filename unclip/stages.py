@@ -17,7 +17,7 @@ from unclip.checkpoint import fill, load_stage, save_stage
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig, sample
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
-from unclip.priors.base import TextConditioning
+from unclip.priors.base import TextConditioning, fill_dropped
 
 Stage = TypeVar("Stage", bound="PictureStage")
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
@@ -138,15 +138,26 @@ class DecoderStage(PictureStage):
         text: TextConditioning | None,
         drop_image: Tensor | None = None,
         drop_text: Tensor | None = None,
+        empty: TextConditioning | None = None,
     ) -> dict[str, Tensor | None]:
-        """The network's context from image embeddings [B, D] and B captions (None: no captions)."""
+        """The network's context from image embeddings [B, D] and B captions (None: no captions).
+
+        `drop_image`, `drop_text`: [B] bool, True = the row does without. `empty`: conditioning of
+        one empty prompt, which stands for no caption where the network's `null_text` is
+        `empty_prompt`."""
+        network = self.config.network
+        if network.null_text == "empty_prompt":
+            if text is None and empty is not None:
+                rows = torch.zeros(len(image_embed), dtype=torch.long, device=image_embed.device)
+                text, drop_text = empty.rows(rows), None
+            elif text is not None:
+                text, drop_text = fill_dropped(text, drop_text, empty), None
         conditions: dict[str, Any] = {"image_embed": image_embed, "drop_image": drop_image}
-        reads_text = self.config.network.text_encodings_dim is not None
-        if reads_text and text is not None:
+        if network.text_encodings_dim is not None and text is not None:
             conditions["text_encodings"] = text.text_encodings
             conditions["text_mask"] = text.text_mask
             conditions["drop_text"] = drop_text
-        if self.config.network.text_embed_dim is not None and text is not None:
+        if network.text_embed_dim is not None and text is not None:
             conditions["text_embed"] = text.text_embed
             conditions["drop_text"] = drop_text
         return self.network.encode_context(**conditions)
@@ -158,13 +169,15 @@ class DecoderStage(PictureStage):
         generators: Sequence[torch.Generator],
         options: SamplingOptions,
         x_T: Tensor | None = None,
+        empty: TextConditioning | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, S, S] in [-1, 1] for image embeddings [B, D] and captions."""
+        """Pictures [B, 3, S, S] in [-1, 1] for image embeddings [B, D] and captions; `empty` as in
+        `encode_context`."""
         null = None
         if options.guidance_scale != 1:
             everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
-            null = self.encode_context(image_embed, text, everything, everything)
-        context = self.encode_context(image_embed, text)
+            null = self.encode_context(image_embed, text, everything, everything, empty)
+        context = self.encode_context(image_embed, text, empty=empty)
         return self._denoise(self.image_size, context, null, generators, options, x_T)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Text",
     "is_clip_folder",
     "load_clip",
+    "load_openclip",
     "new_clip",
     "write_clip_config",
     "write_vocabulary",

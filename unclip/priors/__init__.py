@@ -1,6 +1,13 @@
 """Priors P(z_i | y): how an image embedding is drawn from a caption's text conditioning."""
 
-from unclip.priors.base import Prior, best_candidate
+from unclip.priors.base import Prior, TextConditioning, best_candidate, fill_dropped
 from unclip.priors.diffusion import DiffusionPrior, DiffusionPriorConfig
 
-__all__ = ["DiffusionPrior", "DiffusionPriorConfig", "Prior", "best_candidate"]
+__all__ = [
+    "DiffusionPrior",
+    "DiffusionPriorConfig",
+    "Prior",
+    "TextConditioning",
+    "best_candidate",
+    "fill_dropped",
+]

@@ -17,7 +17,7 @@ from unclip.checkpoint import fill, load_stage, save_stage
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig, sample
 from unclip.models import PriorTransformer, PriorTransformerConfig
-from unclip.priors.base import TextConditioning, best_candidate
+from unclip.priors.base import TextConditioning, best_candidate, fill_dropped
 
 
 def _diffusion() -> DiffusionConfig:
@@ -91,6 +91,23 @@ class DiffusionPrior(nn.Module):
         image_embed = x_0 * self.std + self.mean
         return F.normalize(image_embed, dim=-1) if self.config.unit_norm else image_embed
 
+    def encode_context(
+        self,
+        text: TextConditioning,
+        drop_text: Tensor | None = None,
+        empty: TextConditioning | None = None,
+    ) -> dict[str, Tensor | None]:
+        """The network's context for B captions, without the caption in the rows that `drop_text`
+        [B] marks; `empty` stands in for it where the network's `null_text` is `empty_prompt`."""
+        if self.config.network.null_text == "empty_prompt":
+            text, drop_text = fill_dropped(text, drop_text, empty), None
+        return self.network.encode_context(
+            text_embed=text.text_embed,
+            text_encodings=text.text_encodings,
+            text_mask=text.text_mask,
+            drop_text=drop_text,
+        )
+
     def sample(
         self,
         text: TextConditioning,
@@ -100,6 +117,7 @@ class DiffusionPrior(nn.Module):
         generators: Sequence[torch.Generator],
         sampler: str = "ddpm",
         num_inference_steps: int = 64,
+        empty: TextConditioning | None = None,
         progress: str | None = None,
         callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
@@ -112,6 +130,8 @@ class DiffusionPrior(nn.Module):
             generators: one a caption.
             sampler: one of `unclip.diffusion.SAMPLERS`.
             num_inference_steps: strided steps; paper: 64.
+            empty: conditioning of one empty prompt, which guidance needs where the network's
+                `null_text` is `empty_prompt`.
             progress: title of a progress bar, or None.
             callback: called after each step.
 
@@ -121,22 +141,18 @@ class DiffusionPrior(nn.Module):
         if num_candidates < 1:
             raise ValueError(f"num_candidates must be at least 1; got {num_candidates}: use 2")
         embed = text.text_embed
-        captions = {
-            "text_embed": embed,
-            "text_encodings": text.text_encodings,
-            "text_mask": text.text_mask,
-        }
-        repeated = {k: v.repeat_interleave(num_candidates, 0) for k, v in captions.items()}
-        rows = len(embed) * num_candidates
+        rows = torch.arange(len(embed), device=embed.device).repeat_interleave(num_candidates)
         null = None
         if guidance_scale != 1:
-            drop = torch.ones(rows, dtype=torch.bool, device=embed.device)
-            null = self.network.encode_context(**repeated, drop_text=drop)
+            null = self.encode_context(text, torch.ones_like(embed[:, 0], dtype=torch.bool), empty)
+            null = {name: None if part is None else part[rows] for name, part in null.items()}
+        context = self.encode_context(text)
+        context = {name: None if part is None else part[rows] for name, part in context.items()}
         x_0 = sample(
             self.network,
             self.config.diffusion,
-            (rows, embed.shape[1]),
-            context=self.network.encode_context(**repeated),
+            (len(rows), embed.shape[1]),
+            context=context,
             null_context=null,
             guidance_scale=guidance_scale,
             sampler=sampler,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoint import save_weights, written_whole
-from unclip.clip import BPE_NAME, OpenCLIP, load_clip, new_clip, write_clip_config, write_vocabulary
+from unclip.clip import BPE_NAME, load_openclip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.shapes import ShapesConfig, ShapesDataset
 from unclip.training import checkpoints
@@ -158,8 +158,7 @@ def train(config: TrainCLIPConfig) -> None:
         torch.manual_seed(config.fit.seed)
         objective = CLIPObjective(config.clip, vocabulary)
         if config.init is not None:
-            other = load_clip(str(config.init))
-            assert isinstance(other, OpenCLIP)
+            other = load_openclip(str(config.init))
             checkpoints.start_from(objective.network, other.model, config.init, "clip")
         fit(
             objective,

@@ -78,12 +78,10 @@ class PriorObjective(Objective):
         x_0 = prior.normalize(image_embed)
         timesteps, noise = draw(x_0, self.schedule, generator)
         drop_text = torch.rand(len(x_0), generator=generator, device=x_0.device)
-        context = prior.network.encode_context(
-            text_embed=text.text_embed,
-            text_encodings=text.text_encodings,
-            text_mask=text.text_mask,
-            drop_text=drop_text < prior.config.network.text_drop_prob,
-        )
+        dropped = drop_text < prior.config.network.text_drop_prob
+        needs_empty = prior.config.network.null_text == "empty_prompt"
+        empty = clip.encode_text([""]) if needs_empty else None
+        context = prior.encode_context(text, dropped, empty)
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
         output = prior.network(x_t, timesteps, context)
         losses = diffusion_loss(self.schedule, output, x_0, noise, timesteps)
