@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unclip.checkpoint import fill, load_stage, save_stage
 from unclip.config import from_dict, to_dict
-from unclip.diffusion import DiffusionConfig, sample
+from unclip.diffusion import DiffusionConfig, Network, sample, sampling_timesteps
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from unclip.priors.base import TextConditioning, fill_dropped
 
@@ -57,6 +57,9 @@ class UpsamplerStageConfig:
 
     network: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     """The U-Net."""
+    final_network: bool = False
+    """A second network of the same sizes draws the last step, as Karlo's do: its own is trained to
+    bring back fine detail. Training leaves it as it is."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Schedule, target and loss."""
 
@@ -90,10 +93,11 @@ class PictureStage(nn.Module):
         generators: Sequence[torch.Generator],
         options: SamplingOptions,
         x_T: Tensor | None = None,
+        network: Network | None = None,
     ) -> Tensor:
         weight = next(self.network.parameters())
         return sample(
-            self.network,
+            network or self.network,
             self.config.diffusion,
             (len(generators), 3, size, size),
             context=context,
@@ -190,8 +194,18 @@ class UpsamplerStage(PictureStage):
     config: UpsamplerStageConfig
     network: Upsampler
 
+    def __init__(self, config: UpsamplerStageConfig) -> None:
+        super().__init__(config)
+        self.final_network = Upsampler(config.network) if config.final_network else None
+        if self.final_network is not None:
+            self.final_network.requires_grad_(False)
+
     def sample(
-        self, low_res: Tensor, generators: Sequence[torch.Generator], options: SamplingOptions
+        self,
+        low_res: Tensor,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        x_T: Tensor | None = None,
     ) -> Tensor:
         """Pictures [B, 3, scale h, scale h] in [-1, 1] from pictures [B, 3, h, h] in [-1, 1]."""
         noise_level = None
@@ -199,4 +213,11 @@ class UpsamplerStage(PictureStage):
             noise_level = torch.zeros(len(low_res), device=low_res.device)
         context = self.network.encode_context(low_res=low_res, noise_level=noise_level)
         size = low_res.shape[-1] * self.config.network.scale
-        return self._denoise(size, context, None, generators, options)
+        last = sampling_timesteps(self.config.diffusion, options.num_inference_steps)[-1]
+
+        def network(x_t: Tensor, timesteps: Tensor, context: dict[str, Tensor | None]) -> Tensor:
+            is_last = self.final_network is not None and int(timesteps[0]) == last
+            out: Tensor = (self.final_network if is_last else self.network)(x_t, timesteps, context)
+            return out
+
+        return self._denoise(size, context, None, generators, options, x_T, network)

@@ -1,0 +1,166 @@
+"""The U-Net trunk's weights under the names of other codebases.
+
+guided-diffusion, GLIDE and Karlo share one set of names, diffusers has another; the numbers are the
+same. Both ways start from one table of blocks.
+
+Shapes: A attention heads, K head width, C = A * K channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from einops import rearrange
+from torch import Tensor
+
+from unclip.models import UNetConfig
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual or attention block under its three names."""
+
+    kind: Literal["res", "attention"]
+    ours: str
+    diffusers: str
+    adm: str
+    """In guided-diffusion (Dhariwal and Nichol 2021), GLIDE and Karlo."""
+
+
+def blocks(config: UNetConfig) -> Iterator[Block]:
+    """Every block of a trunk, from the input to the output."""
+    grids, depth = config.grids, config.num_res_blocks
+    index = 0
+    for level, grid in enumerate(grids):
+        name = f"down_blocks.{level}"
+        for i in range(depth):
+            ours, adm = f"down.{index}", f"input_blocks.{index + 1}"
+            yield Block("res", f"{ours}.res", f"{name}.resnets.{i}", f"{adm}.0")
+            if grid in config.attention_resolutions:
+                yield Block("attention", f"{ours}.attention", f"{name}.attentions.{i}", f"{adm}.1")
+            index += 1
+        if level < len(grids) - 1:
+            adm = f"input_blocks.{index + 1}.0"
+            yield Block("res", f"down.{index}.res", f"{name}.downsamplers.0", adm)
+            index += 1
+
+    yield Block("res", "middle.0.res", "mid_block.resnets.0", "middle_block.0")
+    last = 1
+    if config.attention_resolutions:
+        name, adm = "mid_block.attentions.0", "middle_block.1"
+        yield Block("attention", "middle.0.attention", name, adm)
+        last = 2
+    yield Block("res", "middle.1.res", "mid_block.resnets.1", f"middle_block.{last}")
+
+    index = 0
+    for level, grid in enumerate(reversed(grids)):
+        name, attends = f"up_blocks.{level}", grid in config.attention_resolutions
+        for i in range(depth + 1):
+            ours, adm = f"up.{index}", f"output_blocks.{index}"
+            yield Block("res", f"{ours}.res", f"{name}.resnets.{i}", f"{adm}.0")
+            if attends:
+                yield Block("attention", f"{ours}.attention", f"{name}.attentions.{i}", f"{adm}.1")
+            if i == depth and level < len(grids) - 1:
+                place = 2 if attends else 1
+                yield Block("res", f"{ours}.up", f"{name}.upsamplers.0", f"{adm}.{place}")
+            index += 1
+
+
+_ENDS = [  # ours, diffusers', guided-diffusion's
+    ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
+    ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
+    ("conv_in", "conv_in", "input_blocks.0.0"),
+    ("norm_out", "conv_norm_out", "out.0"),
+    ("conv_out", "conv_out", "out.2"),
+]
+_RES = [
+    ("norm1", "norm1", "in_layers.0"),
+    ("conv1", "conv1", "in_layers.2"),
+    ("emb", "time_emb_proj", "emb_layers.1"),
+    ("norm2", "norm2", "out_layers.0"),
+    ("conv2", "conv2", "out_layers.3"),
+    ("skip", "conv_shortcut", "skip_connection"),
+]
+_ATTENTION = [
+    ("norm", "group_norm", "norm"),
+    ("qkv", "", "qkv"),
+    ("context_kv", "", "encoder_kv"),
+    ("proj", "to_out.0", "proj_out"),
+]
+_SPLIT = {"qkv": ("to_q", "to_k", "to_v"), "context_kv": ("add_k_proj", "add_v_proj")}
+"""What diffusers keeps in several layers and the others in one."""
+
+
+def names(config: UNetConfig, whose: Literal["diffusers", "adm"]) -> Iterator[tuple[str, str]]:
+    """(our layer, their layer) throughout a trunk; layers that diffusers splits are left out."""
+    column = 1 if whose == "diffusers" else 2
+    for row in _ENDS:
+        yield row[0], row[column]
+    for block in blocks(config):
+        for row in _RES if block.kind == "res" else _ATTENTION:
+            if row[column]:
+                yield f"{block.ours}.{row[0]}", f"{getattr(block, whose)}.{row[column]}"
+
+
+def rename(theirs: Mapping[str, Tensor], pairs: Iterator[tuple[str, str]]) -> Tensors:
+    """The tensors whose layers the pairs (new name, old name) name, under their new names."""
+    renamed = {}
+    for new, old in pairs:
+        for kind in ("weight", "bias"):
+            if f"{old}.{kind}" in theirs:
+                renamed[f"{new}.{kind}"] = theirs[f"{old}.{kind}"]
+    return renamed
+
+
+def from_adm(theirs: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
+    """Weights of guided-diffusion's, GLIDE's or Karlo's U-Net as ours. What is no part of the
+    trunk is left out."""
+    ours = rename(theirs, names(config, "adm"))
+    # Their attention's projections are Conv1d of width 1.
+    return {
+        name: tensor.squeeze(-1) if tensor.ndim == 3 and ".attention." in name else tensor
+        for name, tensor in ours.items()
+    }
+
+
+def rows_per_head(parts: list[Tensor], head_dim: int) -> Tensor:
+    """Projections [C, ...] each -> one whose rows are grouped per head, [q_0, k_0, v_0, q_1, ..].
+
+    The order of guided-diffusion, GLIDE and Karlo, and ours."""
+    return rearrange(parts, "p (a d) ... -> (a p d) ...", d=head_dim)
+
+
+def split_rows(joined: Tensor, head_dim: int, count: int) -> list[Tensor]:
+    """The inverse of `rows_per_head`."""
+    return list(rearrange(joined, "(a p d) ... -> p (a d) ...", d=head_dim, p=count))
+
+
+def from_diffusers(theirs: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
+    """Weights of diffusers' UNet2DConditionModel or UNet2DModel as ours."""
+    ours = rename(theirs, names(config, "diffusers"))
+    for block in blocks(config):
+        for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
+            for kind in ("weight", "bias"):
+                keys = [f"{block.diffusers}.{layer}.{kind}" for layer in layers]
+                if all(key in theirs for key in keys):
+                    parts = [theirs[key] for key in keys]
+                    ours[f"{block.ours}.{joined}.{kind}"] = rows_per_head(parts, config.head_dim)
+    return ours
+
+
+def to_diffusers(ours: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
+    """Our weights as those of diffusers' UNet2DConditionModel or UNet2DModel."""
+    pairs = ((theirs, mine) for mine, theirs in names(config, "diffusers"))
+    theirs = rename(ours, pairs)
+    for block in blocks(config):
+        for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
+            for kind in ("weight", "bias"):
+                if (tensor := ours.get(f"{block.ours}.{joined}.{kind}")) is not None:
+                    parts = split_rows(tensor, config.head_dim, len(layers))
+                    for layer, part in zip(layers, parts, strict=True):
+                        theirs[f"{block.diffusers}.{layer}.{kind}"] = part.contiguous()
+    return theirs
