@@ -15,6 +15,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
+from transformers.utils import logging
 
 from unclip.clip.frozen import FrozenCLIP, Text
 
@@ -116,6 +117,8 @@ def load_huggingface(folder: Path) -> HuggingFaceCLIP:
             raise FileNotFoundError(f"{folder} lacks {name}: copy or download the folder again")
     options: dict[str, Any] = {"local_files_only": True}
     weights = options | {"use_safetensors": True}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a small bar for each part says nothing
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **options)
         text_encoder = CLIPTextModelWithProjection.from_pretrained(
@@ -133,4 +136,7 @@ def load_huggingface(folder: Path) -> HuggingFaceCLIP:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"the CLIP in {folder} cannot be loaded: {reason}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return HuggingFaceCLIP(text_encoder, tokenizer, image_encoder, image_processor, str(folder))

@@ -2,13 +2,13 @@
 Hub; loading them whole or in part, and writing them."""
 
 from unclip.hub.folders import (
-    Stages,
     check_stages,
     load_clip_of,
     load_stages,
     save_stages,
     write_run_model,
 )
+from unclip.hub.model import Stages
 from unclip.hub.names import resolve, shipped_names
 
 __all__ = [

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from unclip.hub.folders import Stages, load_clip_of, load_stages, read_model, save_stages
+from unclip.hub.folders import load_clip_of, load_stages, read_model, save_stages
+from unclip.hub.model import Stages
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

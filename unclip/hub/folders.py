@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,40 +24,16 @@ import yaml
 
 from unclip.checkpoint import CONFIG_NAME, written_whole
 from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
+from unclip.hub import diffusers_format
+from unclip.hub.model import STAGES, Model, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, UpsamplerStage
 
 MODEL_NAME = "unclip.yaml"
 FORMAT, VERSION = "unclip", 1
-STAGES = ("clip", "prior", "decoder", "upsamplers")
 KINDS = ("clip", "prior", "decoder", "upsampler")
 Stage = TypeVar("Stage")
-
-
-@dataclass
-class Stages:
-    """A model's stages; None, or an empty list, where only some were asked for."""
-
-    clip: FrozenCLIP | None = None
-    prior: DiffusionPrior | None = None
-    decoder: DecoderStage | None = None
-    upsamplers: list[UpsamplerStage] = field(default_factory=list)
-
-
-@dataclass
-class Model:
-    """What a model's folder holds, of whatever format; each stage is read when it is called for."""
-
-    path: Path
-    clip: Callable[[], FrozenCLIP] | None = None
-    prior: Callable[[], DiffusionPrior] | None = None
-    decoder: Callable[[], DecoderStage] | None = None
-    upsamplers: list[Callable[[], UpsamplerStage]] = field(default_factory=list)
-    base: str | None = None
-    """Name of the model that completes this one."""
-    clip_fingerprint: str | None = None
-    """Of the CLIP that the stages were trained on."""
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -78,6 +53,8 @@ def read_model(name: str | Path) -> Model:
     path = folder / MODEL_NAME
     if path.is_file():
         return _from_yaml(folder, _parse(path))
+    if (folder / diffusers_format.INDEX_NAME).is_file():
+        return diffusers_format.read(folder)
     kind = _stage_kind(folder)
     found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) == k}
     if not found:

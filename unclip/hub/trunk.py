@@ -8,7 +8,7 @@ Shapes: A attention heads, K head width, C = A * K channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,20 +106,21 @@ def names(config: UNetConfig, whose: Literal["diffusers", "adm"]) -> Iterator[tu
                 yield f"{block.ours}.{row[0]}", f"{getattr(block, whose)}.{row[column]}"
 
 
-def rename(theirs: Mapping[str, Tensor], pairs: Iterator[tuple[str, str]]) -> Tensors:
-    """The tensors whose layers the pairs (new name, old name) name, under their new names."""
-    renamed = {}
-    for new, old in pairs:
+def take(theirs: Tensors, pairs: Iterable[tuple[str, str]]) -> Tensors:
+    """Move the layers that the pairs (our name, their name) name out of `theirs`, renamed.
+
+    What stays behind in `theirs` has been understood by nobody."""
+    ours = {}
+    for our_name, their_name in pairs:
         for kind in ("weight", "bias"):
-            if f"{old}.{kind}" in theirs:
-                renamed[f"{new}.{kind}"] = theirs[f"{old}.{kind}"]
-    return renamed
+            if f"{their_name}.{kind}" in theirs:
+                ours[f"{our_name}.{kind}"] = theirs.pop(f"{their_name}.{kind}")
+    return ours
 
 
-def from_adm(theirs: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
-    """Weights of guided-diffusion's, GLIDE's or Karlo's U-Net as ours. What is no part of the
-    trunk is left out."""
-    ours = rename(theirs, names(config, "adm"))
+def from_adm(theirs: Tensors, config: UNetConfig) -> Tensors:
+    """Move the weights of guided-diffusion's, GLIDE's or Karlo's U-Net out of `theirs` as ours."""
+    ours = take(theirs, names(config, "adm"))
     # Their attention's projections are Conv1d of width 1.
     return {
         name: tensor.squeeze(-1) if tensor.ndim == 3 and ".attention." in name else tensor
@@ -139,27 +140,26 @@ def split_rows(joined: Tensor, head_dim: int, count: int) -> list[Tensor]:
     return list(rearrange(joined, "(a p d) ... -> p (a d) ...", d=head_dim, p=count))
 
 
-def from_diffusers(theirs: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
-    """Weights of diffusers' UNet2DConditionModel or UNet2DModel as ours."""
-    ours = rename(theirs, names(config, "diffusers"))
+def from_diffusers(theirs: Tensors, config: UNetConfig) -> Tensors:
+    """Move the weights of diffusers' UNet2D(Condition)Model out of `theirs` as ours."""
+    ours = take(theirs, names(config, "diffusers"))
     for block in blocks(config):
         for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
             for kind in ("weight", "bias"):
                 keys = [f"{block.diffusers}.{layer}.{kind}" for layer in layers]
                 if all(key in theirs for key in keys):
-                    parts = [theirs[key] for key in keys]
+                    parts = [theirs.pop(key) for key in keys]
                     ours[f"{block.ours}.{joined}.{kind}"] = rows_per_head(parts, config.head_dim)
     return ours
 
 
-def to_diffusers(ours: Mapping[str, Tensor], config: UNetConfig) -> Tensors:
-    """Our weights as those of diffusers' UNet2DConditionModel or UNet2DModel."""
-    pairs = ((theirs, mine) for mine, theirs in names(config, "diffusers"))
-    theirs = rename(ours, pairs)
+def to_diffusers(ours: Tensors, config: UNetConfig) -> Tensors:
+    """Move our weights out of `ours` as those of diffusers' UNet2D(Condition)Model."""
+    theirs = take(ours, ((theirs, mine) for mine, theirs in names(config, "diffusers")))
     for block in blocks(config):
         for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
             for kind in ("weight", "bias"):
-                if (tensor := ours.get(f"{block.ours}.{joined}.{kind}")) is not None:
+                if (tensor := ours.pop(f"{block.ours}.{joined}.{kind}", None)) is not None:
                     parts = split_rows(tensor, config.head_dim, len(layers))
                     for layer, part in zip(layers, parts, strict=True):
                         theirs[f"{block.diffusers}.{layer}.{kind}"] = part.contiguous()

@@ -1,0 +1,353 @@
+"""Folders in diffusers' layout: their networks and ours compute the same, and both ways lose
+nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from open_clip.tokenizer import bytes_to_unicode
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from unclip.clip import load_clip
+from unclip.diffusion import sample
+from unclip.hub import load_stages
+from unclip.pipeline import UnCLIP
+from unclip.stages import SamplingOptions
+
+WIDTH = 32
+PARTS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
+
+
+def randomise(module: Any) -> Any:
+    """Every parameter random, so that none can be forgotten unnoticed."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.15 if parameter.ndim > 1 else 0.3)
+        for layer in module.modules():
+            if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+                layer.weight.add_(1)
+    return module.eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's tokenizer over single bytes and no merges; padded with "!", number 0."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {word: k for k, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        pad_token="!",
+        model_max_length=24,
+    )
+    assert tokenizer.pad_token_id == 0
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def karlo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder as diffusers >= 0.38 writes it: Karlo's architecture, tiny, random."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("karlo")
+    write_tokenizer(folder / "tokenizer")
+    text_config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=0,
+    )
+    randomise(CLIPTextModelWithProjection(text_config)).save_pretrained(folder / "text_encoder")
+    prior = PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        embedding_dim=WIDTH,
+        num_embeddings=24,
+    )
+    randomise(prior)
+    with torch.no_grad():
+        prior.clip_std.abs_().add_(0.5)
+    prior.save_pretrained(folder / "prior")
+    unet = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+    }
+    randomise(
+        UNet2DConditionModel(
+            **unet,
+            sample_size=16,
+            out_channels=6,
+            in_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            cross_attention_dim=40,
+            attention_head_dim=16,
+            class_embed_type="identity",
+            resnet_time_scale_shift="scale_shift",
+        )
+    ).save_pretrained(folder / "decoder")
+    randomise(
+        UnCLIPTextProjModel(
+            clip_embeddings_dim=WIDTH, time_embed_dim=4 * 32, cross_attention_dim=40
+        )
+    ).save_pretrained(folder / "text_proj")
+    for name in ("super_res_first", "super_res_last"):
+        randomise(
+            UNet2DModel(
+                **unet,
+                sample_size=64,
+                in_channels=6,
+                out_channels=3,
+                down_block_types=("ResnetDownsampleBlock2D",) * 2,
+                up_block_types=("ResnetUpsampleBlock2D",) * 2,
+                add_attention=False,
+            )
+        ).save_pretrained(folder / name)
+    schedulers = {
+        "prior_scheduler": {"prediction_type": "sample", "clip_sample_range": 5.0},
+        "decoder_scheduler": {"variance_type": "learned_range"},
+        "super_res_scheduler": {},
+    }
+    for name, options in schedulers.items():
+        UnCLIPScheduler(**options).save_pretrained(folder / name)
+    write_index(folder, "diffusers")
+    return folder
+
+
+def write_index(folder: Path, text_proj_library: str) -> None:
+    """`model_index.json` as diffusers writes it since 0.38 ("diffusers") and before ("unclip")."""
+    libraries = {
+        "decoder": ["diffusers", "UNet2DConditionModel"],
+        "prior": ["diffusers", "PriorTransformer"],
+        "super_res_first": ["diffusers", "UNet2DModel"],
+        "super_res_last": ["diffusers", "UNet2DModel"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_proj": [text_proj_library, "UnCLIPTextProjModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    index = {"_class_name": "UnCLIPPipeline", "_diffusers_version": "0.38.0", **libraries}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def test_a_prior_computes_what_diffusers_computes(karlo: Path) -> None:
+    theirs = PriorTransformer.from_pretrained(karlo / "prior").eval()
+    ours = load_stages(karlo, only={"prior"}).prior
+    text = load_clip(str(karlo)).encode_text(["a red circle", "b", ""])
+    x_t, timesteps = torch.randn(3, WIDTH), torch.tensor([0, 17, 999])
+    with torch.no_grad():
+        expected = theirs(
+            x_t, timesteps, text.text_embed, text.text_encodings, text.text_mask
+        ).predicted_image_embedding
+        y = ours.network(x_t, timesteps, ours.encode_context(text))
+        scaled = theirs.post_process_latents(x_t)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.denormalize(x_t), scaled, rtol=0, atol=1e-6)
+
+
+def test_a_decoder_computes_what_diffusers_computes(karlo: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(karlo / "decoder").eval()
+    projection = UnCLIPTextProjModel.from_pretrained(karlo / "text_proj").eval()
+    ours = load_stages(karlo, only={"decoder"}).decoder
+    clip = load_clip(str(karlo))
+    text, empty = clip.encode_text(["a red circle", "b"]), clip.encode_text([""])
+    image_embed, x_t = torch.randn(2, WIDTH), torch.randn(2, 3, 16, 16)
+    timesteps = torch.tensor([3, 900])
+    everything = torch.ones(2, dtype=torch.bool)
+    with torch.no_grad():
+        both = [torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text, strict=True)]
+        states, emb = projection(
+            image_embeddings=image_embed,
+            prompt_embeds=both[0],
+            text_encoder_hidden_states=both[1],
+            do_classifier_free_guidance=True,
+        )
+        expected = unet(
+            sample=torch.cat([x_t, x_t]),
+            timestep=timesteps.repeat(2),
+            encoder_hidden_states=states,
+            class_labels=emb,
+            attention_mask=nn.functional.pad(both[2], (4, 0), value=True),
+        ).sample
+        null = ours.encode_context(image_embed, text, everything, everything, empty)
+        cond = ours.encode_context(image_embed, text, empty=empty)
+        y = torch.cat([ours.network(x_t, timesteps, c) for c in (null, cond)])
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
+
+
+def test_upsamplers_compute_what_diffusers_computes(karlo: Path) -> None:
+    (ours,) = load_stages(karlo, only={"upsamplers"}).upsamplers
+    x_t, low_res = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 16, 16) * 2 - 1
+    enlarged = nn.functional.interpolate(
+        low_res, size=[64, 64], mode="bicubic", align_corners=False, antialias=True
+    )
+    timesteps = torch.tensor([0, 832])
+    for name, network in (
+        ("super_res_first", ours.network),
+        ("super_res_last", ours.final_network),
+    ):
+        theirs = UNet2DModel.from_pretrained(karlo / name).eval()
+        with torch.no_grad():
+            expected = theirs(torch.cat([x_t, enlarged], 1), timesteps).sample
+            y = network(x_t, timesteps, network.encode_context(low_res=low_res))
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
+
+
+Guided = Callable[[Tensor, Tensor], Tensor]
+
+
+def denoise_as_diffusers(
+    guided: Guided, scheduler: UnCLIPScheduler, shape: tuple[int, ...], steps: int
+) -> list[Tensor]:
+    """UnCLIPPipeline's loop: the input of every step, and the result."""
+    generator = torch.Generator().manual_seed(7)
+    scheduler.set_timesteps(steps)
+    x_t = torch.randn(shape, generator=generator)
+    trace = [x_t]
+    for i, t in enumerate(scheduler.timesteps):
+        following = scheduler.timesteps[i + 1] if i + 1 < steps else None
+        x_t = scheduler.step(
+            guided(x_t, t), t, x_t, generator=generator, prev_timestep=following
+        ).prev_sample
+        trace.append(x_t)
+    return trace
+
+
+def assert_same_trace(theirs: list[Tensor], ours: list[Tensor]) -> None:
+    """Their scheduler multiplies alpha_bar up in fp32, and 1 - alpha_bar cancels near t = 0; ours
+    does it in fp64. At random weights that grows to 4e-3 over the steps; a wrong step is off by 1.
+    """
+    assert len(theirs) == len(ours)
+    for expected, x_t in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(x_t, expected, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_every_step_of_the_cascade_is_diffusers_own(karlo: Path) -> None:
+    stages = load_stages(karlo)
+    text, empty = stages.clip.encode_text(["a red circle"]), stages.clip.encode_text([""])
+    both = [torch.cat(pair) for pair in zip(empty, text, strict=True)]
+    dropped = torch.ones(1, dtype=torch.bool)
+    steps, traces = 7, []
+
+    def follow(_: int, __: int, x_t: Tensor, ___: Tensor) -> None:
+        traces[-1].append(x_t)
+
+    def run(network: Any, config: Any, shape: tuple[int, ...], **options: Any) -> list[Tensor]:
+        traces.append([])
+        generators = [torch.Generator().manual_seed(7)]
+        options |= {"sampler": "ddpm", "num_inference_steps": steps, "callback": follow}
+        x_0 = sample(network, config, shape, generators=generators, **options)
+        return [*traces[-1], x_0]
+
+    prior = PriorTransformer.from_pretrained(karlo / "prior").eval()
+
+    def guided_prior(x_t: Tensor, t: Tensor) -> Tensor:
+        out = prior(torch.cat([x_t, x_t]), t, *both).predicted_image_embedding
+        return out[:1] + 4.0 * (out[1:] - out[:1])
+
+    theirs = denoise_as_diffusers(
+        guided_prior, UnCLIPScheduler.from_pretrained(karlo / "prior_scheduler"), (1, WIDTH), steps
+    )
+    ours = run(
+        stages.prior.network,
+        stages.prior.config.diffusion,
+        (1, WIDTH),
+        context=stages.prior.encode_context(text),
+        null_context=stages.prior.encode_context(text, dropped, empty),
+        guidance_scale=4.0,
+    )
+    assert_same_trace(theirs, ours)
+    image_embed = prior.post_process_latents(theirs[-1])
+
+    unet = UNet2DConditionModel.from_pretrained(karlo / "decoder").eval()
+    projection = UnCLIPTextProjModel.from_pretrained(karlo / "text_proj").eval()
+    states, emb = projection(
+        image_embeddings=image_embed,
+        prompt_embeds=both[0],
+        text_encoder_hidden_states=both[1],
+        do_classifier_free_guidance=True,
+    )
+    mask = nn.functional.pad(both[2], (4, 0), value=True)
+
+    def guided_decoder(x_t: Tensor, t: Tensor) -> Tensor:
+        out = unet(torch.cat([x_t, x_t]), t, states, class_labels=emb, attention_mask=mask).sample
+        eps, variance = out.split(3, dim=1)
+        return torch.cat([eps[:1] + 8.0 * (eps[1:] - eps[:1]), variance[1:]], dim=1)
+
+    theirs = denoise_as_diffusers(
+        guided_decoder,
+        UnCLIPScheduler.from_pretrained(karlo / "decoder_scheduler"),
+        (1, 3, 16, 16),
+        steps,
+    )
+    ours = run(
+        stages.decoder.network,
+        stages.decoder.config.diffusion,
+        (1, 3, 16, 16),
+        context=stages.decoder.encode_context(image_embed, text, empty=empty),
+        null_context=stages.decoder.encode_context(image_embed, text, dropped, dropped, empty),
+        guidance_scale=8.0,
+    )
+    assert_same_trace(theirs, ours)
+
+    low_res = theirs[-1].clamp(-1, 1)
+    enlarged = nn.functional.interpolate(
+        low_res, size=[64, 64], mode="bicubic", align_corners=False, antialias=True
+    )
+    first, last = (
+        UNet2DModel.from_pretrained(karlo / f"super_res_{name}").eval()
+        for name in ("first", "last")
+    )
+    theirs = denoise_as_diffusers(
+        lambda x_t, t: (last if t == 0 else first)(torch.cat([x_t, enlarged], 1), t).sample,
+        UnCLIPScheduler.from_pretrained(karlo / "super_res_scheduler"),
+        (1, 3, 64, 64),
+        steps,
+    )
+    traces.append([])
+    options = SamplingOptions(sampler="ddpm", num_inference_steps=steps, callback=follow)
+    x_0 = stages.upsamplers[0].sample(low_res, [torch.Generator().manual_seed(7)], options)
+    theirs[-1] = theirs[-1].clamp(-1, 1)
+    assert_same_trace(theirs, [*traces[-1], x_0])
+
+
+@pytest.mark.parametrize("library", ["diffusers", "unclip"])
+def test_a_pipelines_folder_draws_pictures(karlo: Path, library: str) -> None:
+    write_index(karlo, library)
+    pipe = UnCLIP.from_pretrained(karlo)
+    drawn = pipe(
+        ["a red circle"],
+        guidance_scale=8.0,
+        prior_guidance_scale=4.0,
+        num_candidates=1,
+        prior_steps=3,
+        decoder_steps=3,
+        sampler="ddpm",
+        upsampler_steps=3,
+        progress=False,
+    )
+    assert {size: tuple(images.shape) for size, images in drawn.by_size.items()} == {
+        16: (1, 3, 16, 16),
+        64: (1, 3, 64, 64),
+    }
+    assert torch.isfinite(drawn.images).all()

@@ -1,0 +1,329 @@
+"""Folders in diffusers' layout: Karlo as `UnCLIPPipeline` saves it, read and written.
+
+Since 0.38 diffusers itself cannot load such a folder. Its parts are read by name here, so how
+`model_index.json` lists them (before 0.38 and since) makes no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unclip.checkpoint import load_weights
+from unclip.clip import load_clip
+from unclip.config import from_dict
+from unclip.diffusion import DiffusionConfig
+from unclip.hub import trunk
+from unclip.hub.model import Model, fill_exactly
+from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
+from unclip.priors import DiffusionPrior, DiffusionPriorConfig
+from unclip.stages import DecoderStage, DecoderStageConfig, UpsamplerStage, UpsamplerStageConfig
+
+INDEX_NAME = "model_index.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "KandinskyV22PriorPipeline")
+"""Pipelines whose folders are read here. Kandinsky's has a prior and no decoder of this kind."""
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def read(folder: Path) -> Model:
+    """What a folder in diffusers' layout holds.
+
+    Raises:
+        ValueError: it holds a pipeline of another kind.
+    """
+    kind = _json(folder / INDEX_NAME).get("_class_name")
+    if kind not in PIPELINES:
+        raise ValueError(
+            f"{folder / INDEX_NAME} must be of one of {', '.join(PIPELINES)}; got {kind!r}: pass "
+            "the folder of an unCLIP model"
+        )
+    model = Model(folder, clip=lambda: load_clip(str(folder)))
+    if (folder / "prior").is_dir():
+        model.prior = lambda: read_prior(folder)
+    if (folder / "decoder").is_dir():
+        model.decoder = lambda: read_decoder(folder)
+    if (folder / "super_res_first").is_dir():
+        model.upsamplers = [lambda: read_upsampler(folder)]
+    return model
+
+
+def read_prior(folder: Path) -> DiffusionPrior:
+    """The prior of a pipeline's folder; raises ValueError where its statistics are unset."""
+    config = _config(folder / "prior")
+    _expect(
+        folder / "prior",
+        config,
+        additional_embeddings=4,
+        time_embed_act_fn="silu",
+        norm_in_type=None,
+        embedding_proj_norm_type=None,
+        encoder_hid_proj_type="linear",
+        added_emb_type="prd",
+        time_embed_dim=None,
+        embedding_proj_dim=None,
+        clip_embed_dim=None,
+    )
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    network = PriorTransformerConfig(
+        embed_dim=config["embedding_dim"],
+        text_encodings_dim=config["embedding_dim"],
+        max_text_len=config["num_embeddings"],
+        width=width,
+        depth=config["num_layers"],
+        head_dim=config["attention_head_dim"],
+        dropout=config.get("dropout", 0.0),
+        text_drop_prob=0.2,  # Karlo's
+        null_text="empty_prompt",
+    )
+    diffusion = _diffusion(folder / "prior_scheduler", folder / "scheduler")
+    stage_config = DiffusionPriorConfig(network=network, diffusion=diffusion, unit_norm=False)
+    prior = DiffusionPrior(_noted(config, stage_config))
+    tensors = _weights(folder / "prior")
+    mean, std = tensors.pop("clip_mean", None), tensors.pop("clip_std", None)
+    if mean is None or std is None or not bool((std != 0).all()):
+        raise ValueError(
+            f"{folder / 'prior'}: clip_mean and clip_std must be set, std above 0; got none: every "
+            "embedding would collapse to one. Set them from the embeddings the prior was trained on"
+        )
+    ours = prior_from_diffusers(tensors, network)
+    fill_exactly(prior.network, ours, tensors, folder / "prior")
+    prior.mean.copy_(mean.flatten())
+    prior.std.copy_(std.flatten())
+    return prior.eval()
+
+
+def read_decoder(folder: Path) -> DecoderStage:
+    """The decoder of a pipeline's folder, its text projection included."""
+    config, projection = _config(folder / "decoder"), _config(folder / "text_proj")
+    _expect(
+        folder / "decoder",
+        config,
+        class_embed_type="identity",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        only_cross_attention=False,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        act_fn="silu",
+    )
+    embed_dim = projection.get("clip_embeddings_dim", 768)
+    network = DecoderConfig(
+        unet=_unet(folder / "decoder", config, context_dim=config["cross_attention_dim"]),
+        image_embed_dim=embed_dim,
+        text_encodings_dim=embed_dim,
+        text_embed_dim=embed_dim,
+        embed_scale=1.0,
+        num_image_tokens=projection.get("clip_extra_context_tokens", 4),
+        image_drop_prob=0.1,  # Karlo's, as the next
+        text_drop_prob=0.3,
+        null_text="empty_prompt",
+        learned_variance=config["out_channels"] == 6,
+    )
+    stage = DecoderStage(
+        _noted(
+            config,
+            DecoderStageConfig(network=network, diffusion=_diffusion(folder / "decoder_scheduler")),
+        )
+    )
+    unet, extra = _weights(folder / "decoder"), _weights(folder / "text_proj")
+    ours = {f"unet.{k}": v for k, v in trunk.from_diffusers(unet, network.unet).items()}
+    ours |= trunk.take(extra, _TEXT_PROJECTION)
+    if (null := extra.pop("learned_classifier_free_guidance_embeddings", None)) is not None:
+        ours["null_image_embed"] = null
+    fill_exactly(stage.network, ours, {**unet, **extra}, folder / "decoder")
+    return stage.eval()
+
+
+def read_upsampler(folder: Path) -> UpsamplerStage:
+    """The two super-resolution networks of a pipeline's folder as one upsampler."""
+    config = _config(folder / "super_res_first")
+    _expect(folder / "super_res_first", config, flip_sin_to_cos=True, freq_shift=0, act_fn="silu")
+    low = _config(folder / "decoder")["sample_size"]
+    network = UpsamplerConfig(
+        unet=_unet(folder / "super_res_first", config), scale=config["sample_size"] // low
+    )
+    stage = UpsamplerStage(
+        _noted(
+            config,
+            UpsamplerStageConfig(
+                network=network,
+                final_network=(folder / "super_res_last").is_dir(),
+                diffusion=_diffusion(folder / "super_res_scheduler"),
+            ),
+        )
+    )
+    parts = {"super_res_first": stage.network, "super_res_last": stage.final_network}
+    for name, part in parts.items():
+        if part is not None:
+            theirs = _weights(folder / name)
+            ours = trunk.from_diffusers(theirs, network.unet)
+            ours = {f"unet.{k}": v for k, v in ours.items()}
+            fill_exactly(part, ours, theirs, folder / name)
+    return stage.eval()
+
+
+def _unet(folder: Path, config: Mapping[str, Any], context_dim: int | None = None) -> UNetConfig:
+    width = config["block_out_channels"][0]
+    if any(channels % width for channels in config["block_out_channels"]):
+        raise ValueError(
+            f"{folder}: block_out_channels must be multiples of the first; got "
+            f"{config['block_out_channels']}: no published model of this family has others"
+        )
+    known = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
+    if unknown := set(config["down_block_types"]) - set(known):
+        raise ValueError(
+            f"{folder}: down_block_types must be among {', '.join(known)}; got "
+            f"{', '.join(sorted(unknown))}: this is another family's U-Net"
+        )
+    if config.get("add_attention", True) and context_dim is None:
+        raise ValueError(
+            f"{folder}: add_attention must be false; got true: the upsamplers of this family have "
+            "no attention"
+        )
+    grids = [config["sample_size"] >> level for level in range(len(config["down_block_types"]))]
+    attended = (
+        grid for grid, kind in zip(grids, config["down_block_types"], strict=True) if known[kind]
+    )
+    return UNetConfig(
+        image_size=config["sample_size"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        width=width,
+        channel_mult=tuple(channels // width for channels in config["block_out_channels"]),
+        num_res_blocks=config["layers_per_block"],
+        attention_resolutions=tuple(attended),
+        head_dim=config.get("attention_head_dim") or 64,
+        dropout=config.get("dropout", 0.0),
+        scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        context_dim=context_dim,
+    )
+
+
+def _diffusion(*folders: Path) -> DiffusionConfig:
+    """The schedule of an UnCLIPScheduler, in the first of the folders that is there."""
+    for folder in folders:
+        if (folder / "scheduler_config.json").is_file():
+            break
+    config = _json(folder / "scheduler_config.json")
+    predictions = {"sample": "x_0", "epsilon": "eps", "v_prediction": "v"}
+    variances = {"fixed_small_log": "fixed_small", "learned_range": "learned_range"}
+    values = {
+        "num_train_timesteps": config.get("num_train_timesteps", 1000),
+        "prediction_type": predictions[config.get("prediction_type", "epsilon")],
+        "variance": variances[config.get("variance_type", "fixed_small_log")],
+        "clip_range": config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
+        "timestep_spacing": "linspace",
+    }
+    return from_dict(DiffusionConfig, values)
+
+
+def _noted(config: Mapping[str, Any], derived: Any) -> Any:
+    """The stage's own config where this project wrote the folder, else what was derived."""
+    return from_dict(type(derived), config["_unclip"]) if "_unclip" in config else derived
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: copy or download the folder again")
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
+    return values
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _json(folder / "config.json")
+
+
+def _expect(folder: Path, config: Mapping[str, Any], **values: Any) -> None:
+    """Refuse what diffusers' classes can be told and this family of models never is."""
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} must be {value!r}; got {config[name]!r}: no "
+                "published unCLIP model has it, and it is not built here"
+            )
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if index.is_file():
+        shards = sorted(set(_json(index)["weight_map"].values()))
+        parts = [load_weights(folder / shard) for shard in shards]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    half = folder / WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
+    whole = folder / WEIGHTS_NAME
+    return load_weights(half if half.is_file() and not whole.is_file() else whole)
+
+
+# -------------------------------------------------------------------------------------- names
+
+_TEXT_PROJECTION = [
+    ("image_to_emb", "clip_image_embeddings_project_to_time_embeddings"),
+    ("image_to_tokens", "clip_extra_context_tokens_proj"),
+    ("text_to_tokens.0", "encoder_hidden_states_proj"),
+    ("text_to_tokens.1", "text_encoder_hidden_states_norm"),
+    ("text_to_emb", "embedding_proj"),
+]
+
+
+def _prior_names(depth: int) -> list[tuple[str, str]]:
+    names = [
+        ("text_encodings_in", "encoder_hidden_states_proj"),
+        ("text_embed_in", "embedding_proj"),
+        ("image_embed_in", "proj_in"),
+        ("time_embed.0", "time_embedding.linear_1"),
+        ("time_embed.2", "time_embedding.linear_2"),
+        ("norm_out", "norm_out"),
+        ("out", "proj_to_clip_embeddings"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks.{layer}", f"transformer_blocks.{layer}"
+        names += [
+            (f"{ours}.norm1", f"{theirs}.norm1"),
+            (f"{ours}.proj", f"{theirs}.attn1.to_out.0"),
+            (f"{ours}.norm2", f"{theirs}.norm3"),
+            (f"{ours}.mlp.0", f"{theirs}.ff.net.0.proj"),
+            (f"{ours}.mlp.2", f"{theirs}.ff.net.2"),
+        ]
+    return names
+
+
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def prior_from_diffusers(theirs: trunk.Tensors, config: PriorTransformerConfig) -> trunk.Tensors:
+    """Move the weights of diffusers' PriorTransformer out of `theirs` as ours."""
+    ours = trunk.take(theirs, _prior_names(config.depth))
+    if (token := theirs.pop("prd_embedding", None)) is not None:
+        ours["final_token"] = token.flatten()
+    if (positions := theirs.pop("positional_embedding", None)) is not None:
+        ours["position_embedding"] = positions[0]
+    for layer in range(config.depth):
+        for kind in ("weight", "bias"):
+            keys = [f"transformer_blocks.{layer}.{name}.{kind}" for name in _QKV]
+            if all(key in theirs for key in keys):
+                parts = [theirs.pop(key) for key in keys]
+                ours[f"blocks.{layer}.qkv.{kind}"] = trunk.rows_per_head(parts, config.head_dim)
+    theirs.pop("causal_attention_mask", None)  # older versions saved it; it holds nothing learned
+    return ours
+
+
+def prior_to_diffusers(ours: trunk.Tensors, config: PriorTransformerConfig) -> trunk.Tensors:
+    """Move our weights out of `ours` as those of diffusers' PriorTransformer."""
+    theirs = trunk.take(ours, [(theirs, mine) for mine, theirs in _prior_names(config.depth)])
+    theirs["prd_embedding"] = ours.pop("final_token")[None, None]
+    theirs["positional_embedding"] = ours.pop("position_embedding")[None]
+    for layer in range(config.depth):
+        for kind in ("weight", "bias"):
+            parts = trunk.split_rows(ours.pop(f"blocks.{layer}.qkv.{kind}"), config.head_dim, 3)
+            for name, part in zip(_QKV, parts, strict=True):
+                theirs[f"transformer_blocks.{layer}.{name}.{kind}"] = part.contiguous()
+    return theirs
