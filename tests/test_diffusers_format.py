@@ -88,7 +88,7 @@ def karlo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layers_per_block": 1,
         "norm_num_groups": 32,
     }
-    randomise(
+    decoder = randomise(
         UNet2DConditionModel(
             **unet,
             sample_size=16,
@@ -102,7 +102,12 @@ def karlo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             class_embed_type="identity",
             resnet_time_scale_shift="scale_shift",
         )
-    ).save_pretrained(folder / "decoder")
+    )
+    with (
+        torch.no_grad()
+    ):  # the variance's share lies in [-1, 1] in a trained model; exp() is told it
+        decoder.conv_out.weight.mul_(0.1)
+    decoder.save_pretrained(folder / "decoder")
     randomise(
         UnCLIPTextProjModel(
             clip_embeddings_dim=WIDTH, time_embed_dim=4 * 32, cross_attention_dim=40
@@ -234,11 +239,11 @@ def denoise_as_diffusers(
 
 def assert_same_trace(theirs: list[Tensor], ours: list[Tensor]) -> None:
     """Their scheduler multiplies alpha_bar up in fp32, and 1 - alpha_bar cancels near t = 0; ours
-    does it in fp64. At random weights that grows to 4e-3 over the steps; a wrong step is off by 1.
+    does it in fp64. Over the steps that grows to 3e-3; a wrong step is off by 1.
     """
     assert len(theirs) == len(ours)
     for expected, x_t in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(x_t, expected, rtol=0, atol=1e-2)
+        torch.testing.assert_close(x_t, expected, rtol=0, atol=5e-3)
 
 
 @torch.no_grad()
