@@ -2,6 +2,7 @@
 nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from open_clip.tokenizer import bytes_to_unicode
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unclip.clip import load_clip
 from unclip.diffusion import sample
-from unclip.hub import load_stages
+from unclip.hub import Stages, diffusers_format, load_stages
+from unclip.hub.__main__ import main as hub_main
+from unclip.models import DecoderConfig, UNetConfig
 from unclip.pipeline import UnCLIP
-from unclip.stages import SamplingOptions
+from unclip.priors.base import FilledText
+from unclip.stages import DecoderStage, DecoderStageConfig, SamplingOptions
 
 WIDTH = 32
 PARTS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
@@ -356,3 +362,167 @@ def test_a_pipelines_folder_draws_pictures(karlo: Path, library: str) -> None:
         64: (1, 3, 64, 64),
     }
     assert torch.isfinite(drawn.images).all()
+
+
+# ------------------------------------------------------------------------------------ the way back
+
+
+def states(folder: Path) -> list[dict[str, Tensor]]:
+    stages = load_stages(folder)
+    modules = [stages.clip, stages.prior, stages.decoder, *stages.upsamplers]
+    return [module.state_dict() for module in modules]
+
+
+@pytest.mark.parametrize("way", [["diffusers"], ["unclip"], ["unclip", "diffusers"]])
+def test_round_trips_lose_nothing(karlo: Path, tmp_path: Path, way: list[str]) -> None:
+    source = karlo
+    for number, to in enumerate(way):
+        target = tmp_path / str(number)
+        assert hub_main(["export", str(source), "--to", to, "--out", str(target)]) == 0
+        source = target
+    for before, after in zip(states(karlo), states(source), strict=True):
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, msg=name)
+    first, second = load_stages(karlo), load_stages(source)
+    for stage in ("prior", "decoder"):
+        assert getattr(first, stage).config == getattr(second, stage).config
+    assert first.upsamplers[0].config == second.upsamplers[0].config
+
+
+def test_exported_parts_load_in_diffusers_and_run_as_its_pipeline(
+    karlo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert hub_main(["export", str(karlo), "--to", "diffusers", "--out", str(out)]) == 0
+    classes = {
+        "prior": PriorTransformer,
+        "decoder": UNet2DConditionModel,
+        "text_proj": UnCLIPTextProjModel,
+        "super_res_first": UNet2DModel,
+        "super_res_last": UNet2DModel,
+        "prior_scheduler": UnCLIPScheduler,
+        "decoder_scheduler": UnCLIPScheduler,
+        "super_res_scheduler": UnCLIPScheduler,
+        "text_encoder": CLIPTextModelWithProjection,
+        "tokenizer": CLIPTokenizer,
+    }
+    parts = {name: kind.from_pretrained(out / name) for name, kind in classes.items()}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            theirs = classes[name].from_pretrained(karlo / name).state_dict()
+            assert all(torch.equal(theirs[k], v) for k, v in part.state_dict().items())
+    pipe = UnCLIPPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        "a red circle",
+        prior_num_inference_steps=2,
+        decoder_num_inference_steps=2,
+        super_res_num_inference_steps=2,
+        output_type="np",
+    ).images
+    assert images.shape == (1, 64, 64, 3)
+
+
+def test_what_diffusers_cannot_be_told_is_named(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert hub_main(["export", str(tiny_model), "--to", "diffusers", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    for setting in (
+        "clip: it is open_clip's",
+        "prior.network.null_text 'learned' (it must be 'empty_prompt')",
+        "decoder.network.unet.patch_size 2 (it must be 1)",
+    ):
+        assert setting in error
+    assert not out.exists()
+
+
+def test_embeddings_scaled_by_us_are_scaled_by_the_layers_there(tmp_path: Path) -> None:
+    unet = UNetConfig(
+        image_size=16,
+        width=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        head_dim=16,
+        context_dim=40,
+    )
+    network = DecoderConfig(
+        unet=unet,
+        image_embed_dim=WIDTH,
+        text_encodings_dim=WIDTH,
+        text_embed_dim=WIDTH,
+        null_text="empty_prompt",
+    )
+    ours = randomise(DecoderStage(DecoderStageConfig(network=network)))
+    diffusers_format.write(Stages(decoder=ours), tmp_path / "out")
+    again = load_stages(tmp_path / "out", only={"decoder"}).decoder
+    assert again.config.network.embed_scale == 1
+    image_embed, timesteps = torch.randn(2, WIDTH), torch.tensor([5, 500])
+    text = FilledText(torch.randn(2, WIDTH), torch.randn(2, 6, WIDTH), torch.ones(2, 6).bool())
+    drop_image, x_t = torch.tensor([True, False]), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        one, other = (
+            d.network(x_t, timesteps, d.encode_context(image_embed, text, drop_image))
+            for d in (ours, again)
+        )
+    torch.testing.assert_close(other, one, rtol=0, atol=2e-5)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def damaged(
+    karlo: Path, folder: Path, part: str, change: Callable[[dict[str, Tensor]], Any]
+) -> Path:
+    copy = Path(shutil.copytree(karlo, folder / "copy"))
+    path = copy / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return copy
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(karlo: Path, tmp_path: Path) -> None:
+    def lose(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "attn1" in name]:
+            del tensors[name]
+
+    def gain(tensors: dict[str, Tensor]) -> None:
+        tensors["controlnet.weight"] = torch.zeros(2)
+
+    def bend(tensors: dict[str, Tensor]) -> None:
+        tensors["conv_out.bias"] = torch.zeros(4)
+
+    for part, stage, change, message in (
+        ("prior", "prior", lose, r"lacks blocks.0.proj.bias, .* and \d+ more: it is not whole"),
+        ("decoder", "decoder", gain, "has no place for controlnet.weight"),
+        ("decoder", "decoder", bend, r"unet.conv_out.bias \[4\] for \[6\]"),
+    ):
+        folder = damaged(karlo, tmp_path / change.__name__, part, change)
+        with pytest.raises(ValueError, match=message):
+            load_stages(folder, only={stage})
+
+
+def test_unset_statistics_are_refused(karlo: Path, tmp_path: Path) -> None:
+    def unset(tensors: dict[str, Tensor]) -> None:
+        tensors["clip_std"].zero_()
+
+    with pytest.raises(ValueError, match="clip_mean and clip_std must be set"):
+        load_stages(damaged(karlo, tmp_path, "prior", unset), only={"prior"})
+
+
+def test_another_pipeline_and_another_architecture_are_refused(karlo: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(karlo, tmp_path / "other"))
+    edit_json(other / "prior/config.json", added_emb_type=None)
+    with pytest.raises(ValueError, match="added_emb_type must be 'prd'; got None"):
+        load_stages(other, only={"prior"})
+    edit_json(other / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(ValueError, match=r"must be of one of UnCLIPPipeline, .*StableDiffusion"):
+        load_stages(other)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -1,16 +1,21 @@
-"""Put stages of several runs into one model: `python -m unclip.hub assemble --out DIR ...`"""
+"""Models from stages, and models in other formats.
+
+`python -m unclip.hub assemble --out DIR ...` puts the stages of several runs into one model;
+`python -m unclip.hub export --to diffusers --out DIR MODEL` writes a model in another format.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
+from unclip.hub import diffusers_format
 from unclip.hub.folders import load_clip_of, load_stages, read_model, save_stages
-from unclip.hub.model import Stages
+from unclip.hub.model import STAGES, Stages
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -21,7 +26,7 @@ def assemble(
     prior: str,
     decoder: str,
     upsamplers: Sequence[str],
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
 ) -> None:
     """Write a model from one CLIP, one prior, one decoder and upsamplers in the order of size.
 
@@ -36,19 +41,45 @@ def assemble(
     save_stages(stages, out, dtype)
 
 
+def export(
+    model: str,
+    out: Path,
+    to: str,
+    parts: Collection[str] = STAGES,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model, of whatever format, as `unclip`'s own or in `diffusers`' layout."""
+    stages = load_stages(model, only=parts, optional={"clip", "prior", "decoder"})
+    if to == "diffusers":
+        diffusers_format.write(stages, out, dtype)
+    else:
+        save_stages(stages, out, dtype)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m unclip.hub", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser("assemble", help="make one model")
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("assemble", help="make one model of several runs' stages")
     command.add_argument("--out", required=True, type=Path, help="folder to write")
     command.add_argument("--clip", required=True, help="CLIP: a run, a folder, an open_clip name")
     command.add_argument("--prior", required=True, help="run, model or stage folder")
     command.add_argument("--decoder", required=True, help="run, model or stage folder")
     command.add_argument("--upsampler", action="append", default=[], help="the same; repeatable")
     command.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored weights")
+    command = commands.add_parser("export", help="write a model in another format")
+    command.add_argument("model", help="shipped name, folder, or org/name on the Hub")
+    command.add_argument("--to", required=True, choices=("diffusers", "unclip"), help="format")
+    command.add_argument("--out", required=True, type=Path, help="folder to write")
+    command.add_argument("--parts", default=",".join(STAGES), help="stages, between commas")
+    command.add_argument("--dtype", choices=DTYPES, help="of stored weights; their own if left out")
     args = parser.parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
     try:
-        assemble(args.out, args.clip, args.prior, args.decoder, args.upsampler, DTYPES[args.dtype])
+        if args.command == "assemble":
+            assemble(args.out, args.clip, args.prior, args.decoder, args.upsampler, dtype)
+        else:
+            export(args.model, args.out, args.to, args.parts.split(","), dtype)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,18 +7,21 @@ Since 0.38 diffusers itself cannot load such a folder. Its parts are read by nam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import diffusers
+import torch
 
-from unclip.checkpoint import load_weights
-from unclip.clip import load_clip
-from unclip.config import from_dict
+from unclip.checkpoint import load_weights, save_weights, written_whole
+from unclip.clip import HuggingFaceCLIP, load_clip
+from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig
 from unclip.hub import trunk
-from unclip.hub.model import Model, fill_exactly
+from unclip.hub.model import Model, Stages, fill_exactly
 from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
 from unclip.stages import DecoderStage, DecoderStageConfig, UpsamplerStage, UpsamplerStageConfig
@@ -27,6 +30,10 @@ INDEX_NAME = "model_index.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline", "KandinskyV22PriorPipeline")
 """Pipelines whose folders are read here. Kandinsky's has a prior and no decoder of this kind."""
+
+_PREDICTIONS = {"sample": "x_0", "epsilon": "eps"}
+_VARIANCES = {"fixed_small_log": "fixed_small", "learned_range": "learned_range"}
+"""UnCLIPScheduler's words and ours."""
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -211,12 +218,10 @@ def _diffusion(*folders: Path) -> DiffusionConfig:
         if (folder / "scheduler_config.json").is_file():
             break
     config = _json(folder / "scheduler_config.json")
-    predictions = {"sample": "x_0", "epsilon": "eps", "v_prediction": "v"}
-    variances = {"fixed_small_log": "fixed_small", "learned_range": "learned_range"}
     values = {
         "num_train_timesteps": config.get("num_train_timesteps", 1000),
-        "prediction_type": predictions[config.get("prediction_type", "epsilon")],
-        "variance": variances[config.get("variance_type", "fixed_small_log")],
+        "prediction_type": _PREDICTIONS[config.get("prediction_type", "epsilon")],
+        "variance": _VARIANCES[config.get("variance_type", "fixed_small_log")],
         "clip_range": config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
         "timestep_spacing": "linspace",
     }
@@ -252,7 +257,7 @@ def _expect(folder: Path, config: Mapping[str, Any], **values: Any) -> None:
             )
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> trunk.Tensors:
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
         shards = sorted(set(_json(index)["weight_map"].values()))
@@ -261,6 +266,222 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     half = folder / WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
     whole = folder / WEIGHTS_NAME
     return load_weights(half if half.is_file() and not whole.is_file() else whole)
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def write(stages: Stages, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write stages as a folder whose parts load in diffusers, whole or not at all.
+
+    The parts' configs carry this project's own beside diffusers', which ignores it: reading the
+    folder back gives the same model.
+
+    Args:
+        stages: those that are there are written.
+        folder: where to; it must not be there yet.
+        dtype: of the stored weights; None keeps each tensor's own.
+
+    Raises:
+        FileExistsError: the folder is there.
+        ValueError: naming every setting that diffusers' classes cannot be told.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose a new folder to export into")
+    if reasons := list(_unsayable(stages)):
+        raise ValueError(
+            "diffusers' unCLIP classes cannot be told of this model's " + "; ".join(reasons)
+        )
+    with written_whole(folder) as temporary:
+        index: dict[str, Any] = {
+            "_class_name": "UnCLIPPipeline",
+            "_diffusers_version": diffusers.__version__,
+        }
+        if stages.clip is not None:
+            stages.clip.save(temporary, dtype)
+            index["text_encoder"] = ["transformers", "CLIPTextModelWithProjection"]
+            index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        parts = []
+        if stages.prior is not None:
+            parts += _prior_parts(stages.prior)
+        if stages.decoder is not None:
+            parts += _decoder_parts(stages.decoder)
+        for upsampler in stages.upsamplers:
+            parts += _upsampler_parts(upsampler)
+        for name, (class_name, config, tensors) in parts:
+            config = {
+                "_class_name": class_name,
+                "_diffusers_version": diffusers.__version__,
+            } | config
+            is_model = tensors is not None
+            (temporary / name).mkdir()
+            file = temporary / name / ("config.json" if is_model else "scheduler_config.json")
+            file.write_text(json.dumps(config, indent=2) + "\n")
+            if tensors is not None:
+                save_weights(tensors, temporary / name / WEIGHTS_NAME, dtype)
+            index[name] = ["diffusers", class_name]
+        (temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+Part = tuple[str, tuple[str, dict[str, Any], trunk.Tensors | None]]
+"""Sub-folder, diffusers' class, its config, its weights (None: a scheduler)."""
+
+
+def _unsayable(stages: Stages) -> Iterator[str]:
+    """What of a model diffusers' classes have no words for, and what to do."""
+    if stages.clip is not None and not isinstance(stages.clip, HuggingFaceCLIP):
+        yield "clip: it is open_clip's, not transformers' (leave it out: --parts prior,decoder)"
+    if stages.prior is not None:
+        prior, network = stages.prior.config, stages.prior.config.network
+        yield from _differing(
+            "prior",
+            {"unit_norm": (prior.unit_norm, False)}
+            | {
+                f"network.{name}": (getattr(network, name), value)
+                for name, value in {
+                    "text_encodings_dim": network.embed_dim,
+                    "mlp_ratio": 4,
+                    "null_text": "empty_prompt",
+                }.items()
+            },
+        )
+    if stages.decoder is not None:
+        decoder = stages.decoder.config.network
+        unet = decoder.unet
+        yield from _differing(
+            "decoder.network",
+            {
+                "unet.patch_size": (unet.patch_size, 1),
+                "unet.position_embedding": (unet.position_embedding, False),
+                "layout_size": (decoder.layout_size, 0),
+                "null_text": (decoder.null_text, "empty_prompt"),
+                "text_encodings_dim": (decoder.text_encodings_dim, decoder.image_embed_dim),
+                "text_embed_dim": (decoder.text_embed_dim, decoder.image_embed_dim),
+            },
+        )
+        if decoder.num_image_tokens == 0:
+            yield "decoder.network.num_image_tokens 0 (it must be above 0)"
+    if len(stages.upsamplers) > 1:
+        yield f"{len(stages.upsamplers)} upsamplers (it must be one)"
+    for upsampler in stages.upsamplers:
+        network_config = upsampler.config.network
+        yield from _differing(
+            f"upsampler_{upsampler.image_size}.network",
+            {
+                "unet.patch_size": (network_config.unet.patch_size, 1),
+                "noise_conditioning": (network_config.noise_conditioning, False),
+                "learned_variance": (network_config.learned_variance, False),
+            },
+        )
+    parts = (stages.prior, stages.decoder, *stages.upsamplers)
+    for schedule in (part.config.diffusion for part in parts if part is not None):
+        for name, sayable in (
+            ("beta_schedule", ["cosine"]),
+            ("prediction_type", list(_PREDICTIONS.values())),
+            ("variance", list(_VARIANCES.values())),
+        ):
+            if (value := getattr(schedule, name)) not in sayable:
+                yield f"diffusion.{name} {value!r} (it must be {' or '.join(map(repr, sayable))})"
+
+
+def _differing(where: str, settings: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    for name, (value, sayable) in settings.items():
+        if value != sayable:
+            yield f"{where}.{name} {value!r} (it must be {sayable!r})"
+
+
+def _prior_parts(prior: DiffusionPrior) -> list[Part]:
+    network = prior.config.network
+    config = {
+        "num_attention_heads": network.width // network.head_dim,
+        "attention_head_dim": network.head_dim,
+        "num_layers": network.depth,
+        "embedding_dim": network.embed_dim,
+        "num_embeddings": network.max_text_len,
+        "dropout": network.dropout,
+        "_unclip": to_dict(prior.config),
+    }
+    tensors = prior_to_diffusers(dict(prior.network.state_dict()), network)
+    tensors |= {"clip_mean": prior.mean[None], "clip_std": prior.std[None]}
+    schedule = _scheduler_part("prior_scheduler", prior.config.diffusion)
+    return [("prior", ("PriorTransformer", config, tensors)), schedule]
+
+
+def _decoder_parts(decoder: DecoderStage) -> list[Part]:
+    network = decoder.config.network
+    scale = network.embed_scale or network.image_embed_dim**0.5
+    weights = dict(decoder.network.state_dict())
+    if scale != 1:  # diffusers' projection takes embeddings as they are: the layers do the scaling
+        for layer in ("image_to_emb", "image_to_tokens", "text_to_emb"):
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * scale
+        weights["null_image_embed"] = weights["null_image_embed"] / scale
+    noted = replace(decoder.config, network=replace(network, embed_scale=1.0))
+    unet = {k.removeprefix("unet."): weights.pop(k) for k in list(weights) if k[:5] == "unet."}
+    projection = trunk.take(weights, [(theirs, ours) for ours, theirs in _TEXT_PROJECTION])
+    projection["learned_classifier_free_guidance_embeddings"] = weights.pop("null_image_embed")
+    config = {
+        **_unet_config(network.unet),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "cross_attention_dim": network.unet.context_dim,
+        "attention_head_dim": network.unet.head_dim,
+        "class_embed_type": "identity",
+        "_unclip": to_dict(noted),
+    }
+    projection_config = {
+        "clip_extra_context_tokens": network.num_image_tokens,
+        "clip_embeddings_dim": network.image_embed_dim,
+        "time_embed_dim": network.unet.emb_dim,
+        "cross_attention_dim": network.unet.context_dim,
+    }
+    unet = trunk.to_diffusers(unet, network.unet)
+    return [
+        ("decoder", ("UNet2DConditionModel", config, unet)),
+        ("text_proj", ("UnCLIPTextProjModel", projection_config, projection)),
+        _scheduler_part("decoder_scheduler", decoder.config.diffusion),
+    ]
+
+
+def _upsampler_parts(upsampler: UpsamplerStage) -> list[Part]:
+    unet = upsampler.config.network.unet
+    config = {**_unet_config(unet), "add_attention": False, "_unclip": to_dict(upsampler.config)}
+    parts = []
+    # Their pipeline wants two networks: without one for the last step, the one there is serves.
+    for name, network in (
+        ("super_res_first", upsampler.network),
+        ("super_res_last", upsampler.final_network or upsampler.network),
+    ):
+        weights = {k.removeprefix("unet."): v for k, v in network.state_dict().items()}
+        parts.append((name, ("UNet2DModel", config, trunk.to_diffusers(weights, unet))))
+    return [*parts, _scheduler_part("super_res_scheduler", upsampler.config.diffusion)]
+
+
+def _unet_config(unet: UNetConfig) -> dict[str, Any]:
+    attends = [grid in unet.attention_resolutions for grid in unet.grids]
+    down = ["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends]
+    up = ["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)]
+    return {
+        "sample_size": unet.image_size,
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": [unet.width * mult for mult in unet.channel_mult],
+        "layers_per_block": unet.num_res_blocks,
+        "down_block_types": down,
+        "up_block_types": up,
+        "dropout": unet.dropout,
+        "norm_num_groups": math.gcd(32, unet.width),
+        "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
+    }
+
+
+def _scheduler_part(name: str, diffusion: DiffusionConfig) -> Part:
+    config = {
+        "num_train_timesteps": diffusion.num_train_timesteps,
+        "prediction_type": {v: k for k, v in _PREDICTIONS.items()}[diffusion.prediction_type],
+        "variance_type": {v: k for k, v in _VARIANCES.items()}[diffusion.variance],
+        "clip_sample": diffusion.clip_range is not None,
+        "clip_sample_range": diffusion.clip_range or 1.0,
+    }
+    return name, ("UnCLIPScheduler", config, None)
 
 
 # -------------------------------------------------------------------------------------- names

@@ -158,6 +158,7 @@ def load_stages(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     only: Collection[str] | None = None,
+    optional: Collection[str] = (),
     for_clip: FrozenCLIP | None = None,
 ) -> Stages:
     """Load a model, its base completing the stages that its own folder lacks.
@@ -171,6 +172,7 @@ def load_stages(
         dtype: of the prior's, the decoder's and the upsamplers' networks; None leaves them fp32.
             CLIP and the prior's statistics always stay fp32.
         only: which of `clip`, `prior`, `decoder`, `upsamplers` to load; None loads all.
+        optional: which of these may be missing, and are None then.
         for_clip: the CLIP that the loaded stages will run on, where theirs is not loaded.
 
     Raises:
@@ -193,7 +195,7 @@ def load_stages(
             others = [read() for read in model.upsamplers]
             stages.upsamplers = _around(stages.upsamplers, others)
     for stage in ("clip", "prior", "decoder"):
-        if stage in wanted and getattr(stages, stage) is None:
+        if stage in wanted and stage not in optional and getattr(stages, stage) is None:
             raise FileNotFoundError(_lacks(chain, stage))
     if (clip := stages.clip or for_clip) is not None:
         _check_fingerprints(chain, clip, wanted)
