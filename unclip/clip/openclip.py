@@ -25,7 +25,8 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
 class OpenCLIP(FrozenCLIP):
-    """An open_clip model. Its embeddings are put on the unit sphere, as it compares them."""
+    """An open_clip model. Its embeddings are put on the unit sphere, as it compares them, unless
+    `unit_norm` is set to false for stages that were trained on them as they come."""
 
     unit_norm = True
 
@@ -68,7 +69,9 @@ class OpenCLIP(FrozenCLIP):
         # token keeps the mask from ever being empty.
         length = tokens.argmax(dim=1, keepdim=True)
         mask = torch.arange(tokens.shape[1], device=tokens.device)[None] <= length
-        return Text(F.normalize(out["text_features"].float(), dim=-1), encodings.float(), mask)
+        embed = out["text_features"].float()
+        embed = F.normalize(embed, dim=-1) if self.unit_norm else embed
+        return Text(embed, encodings.float(), mask)
 
     def _image_features(self, images: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype

@@ -24,7 +24,7 @@ import yaml
 
 from unclip.checkpoint import CONFIG_NAME, written_whole
 from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
-from unclip.hub import diffusers_format
+from unclip.hub import diffusers_format, karlo
 from unclip.hub.model import STAGES, Model, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
@@ -55,16 +55,26 @@ def read_model(name: str | Path) -> Model:
         return _from_yaml(folder, _parse(path))
     if (folder / diffusers_format.INDEX_NAME).is_file():
         return diffusers_format.read(folder)
+    if karlo.is_folder(folder):
+        return karlo.read(folder)
     kind = _stage_kind(folder)
     found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) == k}
     if not found:
         raise FileNotFoundError(
-            f"{folder} is no model folder: it has neither {MODEL_NAME} nor a stage; pass the "
-            "folder of a model, of a training run that has saved something, or of one stage"
+            f"{folder} is no model folder: looked for {MODEL_NAME} and sub-folders of stages, "
+            f"for diffusers' {diffusers_format.INDEX_NAME} and for Karlo's *.ckpt; found "
+            f"{_listing(folder)}. Pass the folder of a model, of a training run that has saved "
+            "something, or of one stage"
         )
     upsampler = found.pop("upsampler", None)
     stages = {**found, "upsamplers": [upsampler] if upsampler else []}
     return _from_yaml(folder, {"stages": stages})
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - 5} more" if names[5:] else ""
+    return (", ".join(names[:5]) + more) or "nothing"
 
 
 def _stage_kind(folder: Path) -> str | None:

@@ -1,0 +1,238 @@
+"""Karlo's original checkpoints: `.ckpt` files for prior, decoder and super-resolution, and a `.th`
+file with the statistics of the embeddings.
+
+Its weights hold their own sizes, all but two that every published file shares: heads 64 wide, and
+pictures of 64 and 256 px. Its CLIP is OpenAI's ViT-L/14, whose embeddings it takes as they come.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from unclip.clip import FrozenCLIP, load_clip
+from unclip.diffusion import DiffusionConfig
+from unclip.hub import trunk
+from unclip.hub.model import Model, fill_exactly
+from unclip.hub.pickles import load_pickle
+from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
+from unclip.priors import DiffusionPrior, DiffusionPriorConfig
+from unclip.stages import DecoderStage, DecoderStageConfig, UpsamplerStage, UpsamplerStageConfig
+
+CLIP_NAME = "ViT-L-14/openai"
+HEAD_DIM = 64
+DECODER_SIZE, UPSAMPLER_SIZE = 64, 256
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether a folder holds Karlo's files."""
+    return any(folder.glob("*.ckpt"))
+
+
+def read(folder: Path) -> Model:
+    """What a folder of Karlo's files holds.
+
+    Raises:
+        ValueError: no file is one of Karlo's, or two are of one kind.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.ckpt")):
+        kind = _kind(_state_dict(path))
+        if kind is None:
+            raise ValueError(
+                f"{path} must hold Karlo's prior, decoder or super-resolution; got other weights: "
+                "take it out of the folder"
+            )
+        if kind in files:
+            raise ValueError(
+                f"{folder} must hold one {kind}; got {files[kind].name} and {path.name}: take one "
+                "out"
+            )
+        files[kind] = path
+    model = Model(folder, clip=_clip)
+    if "prior" in files:
+        model.prior = lambda: read_prior(files["prior"])
+    if "decoder" in files:
+        model.decoder = lambda: read_decoder(files["decoder"])
+    if "upsampler" in files:
+        model.upsamplers = [lambda: read_upsampler(files["upsampler"])]
+    return model
+
+
+def _clip() -> FrozenCLIP:
+    clip = load_clip(CLIP_NAME)
+    clip.unit_norm = False
+    return clip
+
+
+def _state_dict(path: Path) -> trunk.Tensors:
+    values = load_pickle(path)
+    weights = values.get("state_dict", values) if isinstance(values, dict) else {}
+    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+
+
+def _kind(weights: trunk.Tensors) -> str | None:
+    for kind, name in (
+        ("prior", "model.prd_emb"),
+        ("decoder", "model.clip_tok_proj.weight"),
+        ("upsampler", "model_first_steps.time_embed.0.weight"),
+    ):
+        if name in weights:
+            return kind
+    return None
+
+
+def _under(weights: trunk.Tensors, prefix: str) -> trunk.Tensors:
+    """The tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def read_prior(path: Path) -> DiffusionPrior:
+    """The prior, with the statistics from the `*stats.th` beside it."""
+    stats = sorted(path.parent.glob("*stats*.th"))
+    if len(stats) != 1:
+        raise ValueError(
+            f"{path} needs the statistics of its embeddings beside it, in one *stats.th file; got "
+            f"{len(stats)}: copy Karlo's ViT-L-14_stats.th there, or every embedding is wrong"
+        )
+    weights = _under(_state_dict(path), "model.")
+    width = weights["prd_emb"].shape[-1]
+    network = PriorTransformerConfig(
+        embed_dim=weights["out_proj.weight"].shape[0],
+        text_encodings_dim=weights["text_enc_proj.weight"].shape[1],
+        max_text_len=weights["positional_embedding"].shape[1] - 4,
+        width=width,
+        depth=len({k.split(".")[2] for k in weights if k.startswith("transformer.resblocks.")}),
+        head_dim=HEAD_DIM,
+        text_drop_prob=0.2,
+        null_text="empty_prompt",
+    )
+    diffusion = DiffusionConfig(prediction_type="x_0", clip_range=10.0, timestep_spacing="linspace")
+    config = DiffusionPriorConfig(network=network, diffusion=diffusion, unit_norm=False)
+    prior = DiffusionPrior(config)
+    fill_exactly(prior.network, prior_from_karlo(weights, network.depth), weights, path)
+    mean, std = load_pickle(stats[0])
+    prior.mean.copy_(mean.flatten())
+    prior.std.copy_(std.flatten())
+    return prior.eval()
+
+
+def prior_from_karlo(theirs: trunk.Tensors, depth: int) -> trunk.Tensors:
+    """Move the weights of Karlo's prior out of `theirs` as ours. Its rows of queries, keys and
+    values are grouped per head already."""
+    names = [
+        ("text_encodings_in", "text_enc_proj"),
+        ("text_embed_in", "text_emb_proj"),
+        ("image_embed_in", "clip_img_proj"),
+        ("time_embed.0", "time_embed.0"),
+        ("time_embed.2", "time_embed.2"),
+        ("norm_out", "final_ln"),
+        ("out", "out_proj"),
+    ]
+    for layer in range(depth):
+        ours, block = f"blocks.{layer}", f"transformer.resblocks.{layer}"
+        names += [
+            (f"{ours}.norm1", f"{block}.ln_1"),
+            (f"{ours}.qkv", f"{block}.attn.c_qkv"),
+            (f"{ours}.proj", f"{block}.attn.c_proj"),
+            (f"{ours}.norm2", f"{block}.ln_2"),
+            (f"{ours}.mlp.0", f"{block}.mlp.c_fc"),
+            (f"{ours}.mlp.2", f"{block}.mlp.c_proj"),
+        ]
+    weights = trunk.take(theirs, names)
+    weights["final_token"] = theirs.pop("prd_emb").flatten()
+    weights["position_embedding"] = theirs.pop("positional_embedding")[0]
+    return weights
+
+
+def read_decoder(path: Path) -> DecoderStage:
+    """The decoder."""
+    weights = _under(_state_dict(path), "model.")
+    context_dim, embed_dim = weights["text_seq_proj.0.weight"].shape
+    network = DecoderConfig(
+        unet=_unet(path, weights, DECODER_SIZE, dropout=0.1, context_dim=context_dim),
+        image_embed_dim=embed_dim,
+        text_encodings_dim=embed_dim,
+        text_embed_dim=embed_dim,
+        embed_scale=1.0,
+        num_image_tokens=weights["clip_tok_proj.weight"].shape[0] // context_dim,
+        image_drop_prob=0.1,
+        text_drop_prob=0.3,
+        null_text="empty_prompt",
+        learned_variance=True,
+    )
+    diffusion = DiffusionConfig(
+        prediction_type="eps", variance="learned_range", timestep_spacing="linspace"
+    )
+    stage = DecoderStage(DecoderStageConfig(network=network, diffusion=diffusion))
+    ours = {f"unet.{k}": v for k, v in trunk.from_adm(weights, network.unet).items()}
+    names = [
+        ("image_to_emb", "clip_emb"),
+        ("image_to_tokens", "clip_tok_proj"),
+        ("text_to_tokens.0", "text_seq_proj.0"),
+        ("text_to_tokens.1", "text_seq_proj.1"),
+        ("text_to_emb", "text_feat_proj"),
+    ]
+    ours |= trunk.take(weights, names)
+    ours["null_image_embed"] = weights.pop("cf_param")
+    fill_exactly(stage.network, ours, weights, path)
+    return stage.eval()
+
+
+def read_upsampler(path: Path) -> UpsamplerStage:
+    """Both super-resolution networks as one upsampler."""
+    weights = _state_dict(path)
+    parts = [_under(weights, f"model_{steps}.") for steps in ("first_steps", "last_step")]
+    unet = _unet(path, parts[0], UPSAMPLER_SIZE, scale_shift=False)
+    network = UpsamplerConfig(unet=unet, scale=UPSAMPLER_SIZE // DECODER_SIZE)
+    diffusion = DiffusionConfig(prediction_type="eps", timestep_spacing="linspace")
+    config = UpsamplerStageConfig(
+        network=network, final_network=bool(parts[1]), diffusion=diffusion
+    )
+    stage = UpsamplerStage(config)
+    for part, theirs in zip((stage.network, stage.final_network), parts, strict=True):
+        if part is not None:
+            ours = {f"unet.{k}": v for k, v in trunk.from_adm(theirs, unet).items()}
+            fill_exactly(part, ours, theirs, path)
+    return stage.eval()
+
+
+def _unet(
+    path: Path,
+    weights: trunk.Tensors,
+    image_size: int,
+    *,
+    dropout: float = 0.0,
+    scale_shift: bool = True,
+    context_dim: int | None = None,
+) -> UNetConfig:
+    """A trunk's sizes from its weights: each level's width is another, which tells them apart."""
+    count = len({k.split(".")[1] for k in weights if k.startswith("input_blocks.")})
+    widths = [weights[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in range(1, count)]
+    levels = sorted(set(widths))
+    depth = widths.count(levels[-1])
+    expected = [width for width in levels for _ in range(depth + (width != levels[-1]))]
+    if widths != expected:
+        raise ValueError(
+            f"{path}: every level of the U-Net must be wider than the one before; got blocks of "
+            f"{widths} channels: this is another model's"
+        )
+    attended = {
+        widths[i - 1] for i in range(1, count) if f"input_blocks.{i}.1.qkv.weight" in weights
+    }
+    return UNetConfig(
+        image_size=image_size,
+        in_channels=weights["input_blocks.0.0.weight"].shape[1],
+        out_channels=weights["out.2.weight"].shape[0],
+        width=levels[0],
+        channel_mult=tuple(width // levels[0] for width in levels),
+        num_res_blocks=depth,
+        attention_resolutions=tuple(
+            image_size >> level for level, width in enumerate(levels) if width in attended
+        ),
+        head_dim=HEAD_DIM,
+        dropout=dropout,
+        scale_shift=scale_shift,
+        context_dim=context_dim,
+    )
