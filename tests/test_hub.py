@@ -317,5 +317,6 @@ def test_a_description_that_is_no_yaml(model: Path) -> None:
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no model folder: it has neither"):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(FileNotFoundError, match=r"looked for unclip.yaml .* found notes.md\."):
         load_stages(tmp_path)

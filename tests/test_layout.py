@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION,
     "priors": FOUNDATION | {"diffusion", "models"},
     "stages": FOUNDATION | {"diffusion", "models", "priors"},
-    "hub": FOUNDATION | {"clip", "priors", "stages", "pretrained"},
+    "hub": FOUNDATION | {"clip", "diffusion", "models", "priors", "stages", "pretrained"},
     "training": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
     "pipeline": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
     "edits": FOUNDATION | LEAVES | {"priors", "stages", "hub", "pipeline"},
