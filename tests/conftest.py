@@ -46,6 +46,14 @@ def full_disk(room: int = 10_000) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def assert_parity(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Ours is theirs to 2e-5 in fp32. `pytest -s -k parity` prints the table of docs/interop.md."""
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    print(f"\n| {what} | {error:.1e} | {scale:.1f} |", end="")
+    assert scale > 0.1, "an answer of nothing agrees with everything"
+    assert error <= 2e-5, f"{what}: off by {error:.1e}"
+
+
 def write_tiny_clip(folder: Path, embed_dim: int = 16, seed: int = 0) -> None:
     """A CLIP folder at random weights, in open_clip's layout."""
     from unclip.checkpoint import save_weights

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_parity
 from safetensors import safe_open
 from torch import Tensor
 
@@ -82,37 +83,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_the_prior_answers_as_karlos(folder: Path) -> None:
+def test_parity_of_the_prior_with_karlo(folder: Path) -> None:
     _, case = recorded("prior")
     prior = load_stages(folder, only={"prior"}).prior
     assert prior.config.diffusion.clip_range == 10 and not prior.config.unit_norm
     text = FilledText(case["text_emb"], case["text_enc"], case["mask"])
     y = prior.network(case["x"], case["timesteps"], prior.encode_context(text))
-    torch.testing.assert_close(y, case["y_out"], rtol=0, atol=2e-5)
+    assert_parity("Karlo's prior", y, case["y_out"])
     x_0 = torch.randn(3, 24)
     expected = x_0 * torch.linspace(0.5, 2, 24) + torch.linspace(-1, 1, 24)
     torch.testing.assert_close(prior.denormalize(x_0), expected)
 
 
 @torch.no_grad()
-def test_the_decoder_answers_as_karlos(folder: Path) -> None:
+def test_parity_of_the_decoder_with_karlo(folder: Path) -> None:
     _, case = recorded("decoder")
     decoder = load_stages(folder, only={"decoder"}).decoder
     assert decoder.config.network.unet.attention_resolutions == (32, 16)
     text = FilledText(case["txt_feat"], case["txt_feat_seq"], case["mask"])
     y = decoder.network(case["x"], case["timesteps"], decoder.encode_context(case["y"], text))
-    torch.testing.assert_close(y, case["y_out"], rtol=0, atol=2e-5)
+    assert_parity("Karlo's decoder", y, case["y_out"])
 
 
 @torch.no_grad()
-def test_the_upsampler_answers_as_karlos(folder: Path) -> None:
+def test_parity_of_the_upsampler_with_karlo(folder: Path) -> None:
     _, case = recorded("upsampler")
     (upsampler,) = load_stages(folder, only={"upsamplers"}).upsamplers
     assert upsampler.final_network is not None
     for network in (upsampler.network, upsampler.final_network):
         context = {"low_res": case["low_res"], "noise_emb": None}  # enlarged by its caller there
         y = network(case["x"], case["timesteps"], context)
-        torch.testing.assert_close(y, case["y_out"], rtol=0, atol=2e-5)
+        assert_parity("Karlo's super-resolution", y, case["y_out"])
 
 
 def test_karlos_clip_is_not_normalised(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

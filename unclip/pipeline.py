@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.utils import save_image
 
 from unclip.clip import FrozenCLIP, Text
 from unclip.diffusion import DiffusionConfig, make_scheduler, sampling_timesteps
-from unclip.hub import Stages, check_stages, load_stages, save_stages
+from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, SamplingOptions, UpsamplerStage
 
@@ -116,7 +118,7 @@ class UnCLIP:
     def __init__(
         self,
         clip: FrozenCLIP,
-        prior: DiffusionPrior,
+        prior: DiffusionPrior | None,
         decoder: DecoderStage,
         upsamplers: Sequence[UpsamplerStage] = (),
     ) -> None:
@@ -172,20 +174,61 @@ class UnCLIP:
         """
         others = {"prior": prior, "decoder": decoder, "upsamplers": upsampler}
         own = {"clip", *(stage for stage, other in others.items() if other is None)}
-        stages = load_stages(name_or_path, device=device, dtype=dtype, only=own)
+        stages = load_stages(name_or_path, device=device, dtype=dtype, only=own, optional={"prior"})
         for stage, other in others.items():
             if other is not None:
                 loaded = load_stages(
                     other, device=device, dtype=dtype, only={stage}, for_clip=stages.clip
                 )
                 setattr(stages, stage, getattr(loaded, stage))
-        assert stages.clip is not None
-        assert stages.prior is not None and stages.decoder is not None
+        assert stages.clip is not None and stages.decoder is not None
         return cls(stages.clip, stages.prior, stages.decoder, stages.upsamplers)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model's folder, whole or not at all; `dtype` None keeps the weights' own."""
         save_stages(self.stages, folder, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        prompts: Sequence[str] = (),
+        license: str = "apache-2.0",
+        data: Sequence[str] = (),
+        private: bool = False,
+        dtype: torch.dtype | None = torch.float16,
+        token: str | None = None,
+    ) -> str:
+        """Publish the model as `org/name` on the Hugging Face Hub, with a card, in one commit.
+
+        Args:
+            repo_id: the repository, made if it is not there.
+            prompts: captions whose pictures the card shows.
+            license, data, private, dtype, token: as `unclip.hub.publish` has them.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError, PermissionError, ConnectionError: as `unclip.hub.publish` does.
+        """
+        with TemporaryDirectory() as folder:
+            grid = None
+            if prompts:
+                grid = Path(folder) / "grid.png"
+                pictures = self(prompts, progress=False).images
+                save_image((pictures + 1) / 2, grid, nrow=max(1, round(len(pictures) ** 0.5)))
+            return publish(
+                self.stages,
+                repo_id,
+                license=license,
+                data=data,
+                grid=grid,
+                captions=prompts,
+                private=private,
+                dtype=dtype,
+                token=token,
+            )
 
     @torch.no_grad()
     def __call__(
@@ -251,7 +294,7 @@ class UnCLIP:
 
     def _check_steps(self, options: CascadeOptions) -> None:
         schedules = {
-            "prior_steps": [self.prior.config.diffusion],
+            "prior_steps": [] if self.prior is None else [self.prior.config.diffusion],
             "decoder_steps": [self.decoder.config.diffusion],
             "upsampler_steps": [up.config.diffusion for up in self.upsamplers],
         }
@@ -274,6 +317,11 @@ class UnCLIP:
         """Captions and embeddings [B, D] (None: to be drawn) of each picture."""
         if prompts is None and image_embed is None:
             raise ValueError("prompts must be given where image_embed is not; got neither")
+        if image_embed is None and self.prior is None:
+            raise ValueError(
+                "this model has no prior, so image_embed must be given; got None: embed a picture "
+                "with clip.encode_image, or load the model with prior=<a model that has one>"
+            )
         given: list[str | None]
         if prompts is None:
             assert image_embed is not None
@@ -306,14 +354,14 @@ class UnCLIP:
             prompts = [caption for caption in captions if caption is not None]
             if prompts:
                 text = self.clip.encode_text(prompts).trimmed()
-            networks = (self.prior.config.network, self.decoder.config.network)
-            reads_empty = any(network.null_text == "empty_prompt" for network in networks)
+            stages = [stage for stage in (self.prior, self.decoder) if stage is not None]
+            reads_empty = any(s.config.network.null_text == "empty_prompt" for s in stages)
             empty = self.clip.encode_text([""]) if reads_empty else None
         # The weights are in `dtype` already; autocast is what casts the fp32 conditions to them.
         autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
             if embeds is None:
-                assert text is not None
+                assert text is not None and self.prior is not None
                 with run.timed("prior", device):
                     embeds = self.prior.sample(
                         text,

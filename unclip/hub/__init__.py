@@ -10,12 +10,14 @@ from unclip.hub.folders import (
 )
 from unclip.hub.model import Stages
 from unclip.hub.names import resolve, shipped_names
+from unclip.hub.publish import publish
 
 __all__ = [
     "Stages",
     "check_stages",
     "load_clip_of",
     "load_stages",
+    "publish",
     "resolve",
     "save_stages",
     "shipped_names",

@@ -1,7 +1,8 @@
 """Models from stages, and models in other formats.
 
 `python -m unclip.hub assemble --out DIR ...` puts the stages of several runs into one model;
-`python -m unclip.hub export --to diffusers --out DIR MODEL` writes a model in another format.
+`python -m unclip.hub export --to diffusers --out DIR MODEL` writes a model in another format;
+`python -m unclip.hub publish MODEL org/name` puts one on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from unclip.hub import diffusers_format
 from unclip.hub.folders import load_clip_of, load_stages, read_model, save_stages
 from unclip.hub.model import STAGES, Stages
+from unclip.hub.publish import publish, write_repository
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -73,13 +75,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--out", required=True, type=Path, help="folder to write")
     command.add_argument("--parts", default=",".join(STAGES), help="stages, between commas")
     command.add_argument("--dtype", choices=DTYPES, help="of stored weights; their own if left out")
+    command = commands.add_parser("publish", help="put a model on the Hugging Face Hub")
+    command.add_argument("model", help="shipped name, folder, or org/name on the Hub")
+    command.add_argument("repo_id", metavar="org/name", help="the repository, made if not there")
+    command.add_argument("--license", default="apache-2.0", help="the Hub's name of one")
+    command.add_argument("--data", action="append", default=[], help="trained on; repeatable")
+    command.add_argument("--grid", type=Path, help="picture of samples for the card")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--dry-run", type=Path, metavar="DIR", help="only write the folder there")
+    command.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored weights")
     args = parser.parse_args(argv)
     dtype = DTYPES[args.dtype] if args.dtype else None
     try:
         if args.command == "assemble":
             assemble(args.out, args.clip, args.prior, args.decoder, args.upsampler, dtype)
-        else:
+        elif args.command == "export":
             export(args.model, args.out, args.to, args.parts.split(","), dtype)
+        else:
+            stages = load_stages(args.model, optional={"prior", "decoder"})
+            options = {"license": args.license, "data": args.data, "grid": args.grid}
+            if args.dry_run is None:
+                url = publish(stages, args.repo_id, **options, dtype=dtype, private=args.private)
+                print(url)
+                return 0
+            write_repository(stages, args.dry_run, args.repo_id, **options, dtype=dtype)
+            args.out = args.dry_run
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

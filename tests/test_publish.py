@@ -1,0 +1,133 @@
+"""The Hub for real: huggingface_hub's own client against a stand-in on this computer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from loopback_hub import REVISION, LoopbackHub, loopback_hub
+from torchvision.utils import save_image
+
+from unclip.hub import load_stages, publish, resolve
+from unclip.hub.__main__ import main as hub_main
+from unclip.pipeline import UnCLIP
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    with loopback_hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+def test_a_model_is_published_in_one_commit_and_comes_back(
+    hub: LoopbackHub, tiny_model: Path
+) -> None:
+    pipe = UnCLIP.from_pretrained(str(tiny_model))
+    url = pipe.push_to_hub("org/tiny", prompts=["a red circle"], data=["a/set", "my pictures"])
+    assert url == f"{hub.url}/org/tiny/commit/{REVISION}" and hub.commits == 1
+    files = hub.files["org/tiny"]
+    assert {Path(name).suffix for name in files} <= {
+        ".yaml",
+        ".safetensors",
+        ".json",
+        ".gz",
+        ".md",
+        ".png",
+    }
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0" and card.data.datasets == ["a/set"]
+    assert card.data.pipeline_tag == "text-to-image" and card.data.library_name == "unclip"
+    for said in ("![Samples](samples.png)", "*a red circle.*", "- my pictures", "| decoder | "):
+        assert said in card.text
+    assert 'UnCLIP.from_pretrained("org/tiny")' in card.text
+
+    again = load_stages("org/tiny")
+    for before, after in zip(
+        (pipe.prior, pipe.decoder, *pipe.upsamplers),
+        (again.prior, again.decoder, *again.upsamplers),
+        strict=True,
+    ):
+        for name, tensor in before.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[name], tensor.half().float(), msg=name)
+
+
+def test_a_published_model_loads_by_revision_and_offline(
+    hub: LoopbackHub, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(load_stages(tiny_model), "org/tiny")
+    assert resolve("org/tiny@v1").name == REVISION
+    resolve("org/tiny")  # notes in the cache what `main` is
+    with pytest.raises(FileNotFoundError, match=r"org/tiny@v9.*RevisionNotFound"):
+        resolve("org/tiny@v9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_stages("org/tiny", only={"prior"}).prior is not None
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(
+    hub: LoopbackHub, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(load_stages(tiny_model), "org/tiny")
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)  # what came whole is kept
+    name = "decoder/model.safetensors"
+    hub.cut.add(name)
+    folder = resolve("org/tiny")
+    whole = hub.files["org/tiny"][name]
+    assert (folder / name).read_bytes() == whole
+    assert not hub.cut and hub.ranges == [f"bytes={len(whole) // 2 // 2**16 * 2**16}-"]
+
+
+def test_a_private_repository_wants_a_token(
+    hub: LoopbackHub, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(load_stages(tiny_model), "org/secret", private=True)
+    assert load_stages("org/secret", only={"prior"}).prior is not None
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE + "-of-another")
+    with pytest.raises(FileNotFoundError, match=r"org/secret.*RepositoryNotFoundError.*401"):
+        resolve("org/secret")
+    with pytest.raises(PermissionError, match=r"org/secret cannot be written .*hf auth login"):
+        publish(load_stages(tiny_model), "org/secret")
+
+
+@pytest.mark.parametrize("name", ["tiny", "../x", "a/b/c", "org/na me", ""])
+def test_a_wrong_name_is_refused_before_anything_is_sent(
+    hub: LoopbackHub, tiny_model: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match="repo_id must be org/name"):
+        publish(load_stages(tiny_model), name)
+    assert not hub.files
+
+
+def test_the_command_publishes_or_only_writes(
+    hub: LoopbackHub, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.png"
+    save_image(torch.zeros(3, 8, 8), grid)
+    words = ["publish", str(tiny_model), "org/tiny", "--license", "mit", "--grid", str(grid)]
+    dry = tmp_path / "dry"
+    assert hub_main([*words, "--dry-run", str(dry)]) == 0 and not hub.files
+    assert (dry / "samples.png").read_bytes() == grid.read_bytes()
+    assert "license: mit" in (dry / "README.md").read_text()
+    assert hub_main(words) == 0
+    assert f"{hub.url}/org/tiny/commit" in capsys.readouterr().out
+    assert set(hub.files["org/tiny"]) == {
+        path.relative_to(dry).as_posix() for path in dry.rglob("*") if path.is_file()
+    }
+    grid.unlink()
+    assert hub_main(words) == 2
+    assert "grid.png is missing" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_said(
+    hub: LoopbackHub, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="the Hub cannot be reached"):
+        publish(load_stages(tiny_model), "org/tiny")
