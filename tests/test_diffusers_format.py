@@ -16,7 +16,15 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from unclip.clip import load_clip
 from unclip.diffusion import sample
@@ -360,6 +368,64 @@ def test_a_pipelines_folder_draws_pictures(karlo: Path, library: str) -> None:
         64: (1, 3, 64, 64),
     }
     assert torch.isfinite(drawn.images).all()
+
+
+def add_image_encoder(folder: Path, processor: str) -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    encoder: CLIPVisionModelWithProjection = randomise(CLIPVisionModelWithProjection(config))
+    encoder.save_pretrained(folder / "image_encoder")
+    size = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    CLIPImageProcessor(**size).save_pretrained(folder / processor)
+    return encoder
+
+
+@torch.no_grad()
+def test_a_model_without_a_prior_draws_variations_of_a_picture(karlo: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(karlo, tmp_path / "variations"))
+    shutil.rmtree(folder / "prior")
+    edit_json(folder / "model_index.json", _class_name="UnCLIPImageVariationPipeline")
+    encoder = add_image_encoder(folder, "feature_extractor")
+    pipe = UnCLIP.from_pretrained(folder)
+    picture = torch.rand(1, 3, 32, 32)
+    image_embed = pipe.clip.encode_image(picture * 2 - 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    expected = encoder((picture - mean) / std).image_embeds
+    torch.testing.assert_close(image_embed, expected, rtol=0, atol=2e-5)
+    drawn = pipe(image_embed=image_embed, decoder_steps=2, upsampler_steps=2, progress=False)
+    assert drawn.images.shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="has no prior, so image_embed must be given"):
+        pipe("a red circle")
+
+
+def test_a_kandinsky_prior_draws_image_embeddings(karlo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kandinsky"
+    for name in ("prior", "text_encoder", "tokenizer"):
+        shutil.copytree(karlo / name, folder / name)
+    shutil.copytree(karlo / "prior_scheduler", folder / "scheduler")
+    edit_json(folder / "scheduler/scheduler_config.json", clip_sample_range=10.0)
+    (folder / "model_index.json").write_text('{"_class_name": "KandinskyV22PriorPipeline"}')
+    add_image_encoder(folder, "image_processor")
+    stages = load_stages(folder, only={"clip", "prior"})
+    assert stages.prior.config.diffusion.clip_range == 10
+    text, empty = stages.clip.encode_text(["a red circle"]), stages.clip.encode_text([""])
+    embeds = stages.prior.sample(
+        text,
+        generators=[torch.Generator().manual_seed(0)],
+        guidance_scale=4.0,
+        num_inference_steps=3,
+        empty=empty,
+    )
+    assert embeds.shape == stages.clip.encode_image(torch.zeros(1, 3, 32, 32)).shape
+    with pytest.raises(FileNotFoundError, match="lacks a decoder"):
+        load_stages(folder)
 
 
 # ------------------------------------------------------------------------------------ the way back

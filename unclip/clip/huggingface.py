@@ -129,10 +129,9 @@ def load_huggingface(folder: Path) -> HuggingFaceCLIP:
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(
                 folder / "image_encoder", **weights
             )
-        if (folder / "feature_extractor").is_dir():
-            image_processor = CLIPImageProcessor.from_pretrained(
-                folder / "feature_extractor", **options
-            )
+        for name in ("feature_extractor", "image_processor"):  # Karlo's name and Kandinsky's
+            if (folder / name).is_dir():
+                image_processor = CLIPImageProcessor.from_pretrained(folder / name, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"the CLIP in {folder} cannot be loaded: {reason}") from error
