@@ -273,7 +273,7 @@ def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, embed)
         return SimpleNamespace(by_size={64: images}, seconds={"decoder": 1.0})
 
     draw.clip = SimpleNamespace(
-        image_size=64,
+        required_image_size=lambda: 64,
         device="cpu",
         encode_image=lambda x: x.mean((2, 3)),
         encode_text=lambda words: SimpleNamespace(text_embed=torch.zeros(len(words), 1)),

@@ -216,8 +216,10 @@ class UpsamplerStage(PictureStage):
         last = sampling_timesteps(self.config.diffusion, options.num_inference_steps)[-1]
 
         def network(x_t: Tensor, timesteps: Tensor, context: dict[str, Tensor | None]) -> Tensor:
-            is_last = self.final_network is not None and int(timesteps[0]) == last
-            out: Tensor = (self.final_network if is_last else self.network)(x_t, timesteps, context)
+            chosen = self.network
+            if self.final_network is not None and int(timesteps[0]) == last:
+                chosen = self.final_network
+            out: Tensor = chosen(x_t, timesteps, context)
             return out
 
         return self._denoise(size, context, None, generators, options, x_T, network)

@@ -120,6 +120,15 @@ class FrozenCLIP(nn.Module, ABC):
                 if self.num_cut <= CUTS_NAMED:
                     warnings.warn(said, stacklevel=4)
 
+    def required_image_size(self) -> int:
+        """Side its image tower wants, px; raises ValueError where it has none."""
+        if self.image_size is None:
+            raise ValueError(
+                f"the CLIP {self.name} has no image tower, as text-to-image checkpoints often do: "
+                "take the one it was trained with, image encoder included"
+            )
+        return self.image_size
+
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed pictures [B, 3, H, W] in [-1, 1] as [B, D], fp32.
@@ -127,17 +136,12 @@ class FrozenCLIP(nn.Module, ABC):
         Raises:
             ValueError: the CLIP has no image tower, or `images` is not [B, 3, H, W].
         """
-        if self.image_size is None:
-            raise ValueError(
-                f"the CLIP {self.name} has no image tower, as text-to-image checkpoints often do: "
-                "take the one it was trained with, image encoder included"
-            )
+        side = self.required_image_size()
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(
-                images, (self.image_size, self.image_size), mode="bicubic", antialias=True
-            ).clamp(-1, 1)
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+            images = images.clamp(-1, 1)
         features = self._image_features((images - self.mean) / self.std).float()
         return F.normalize(features, dim=-1) if self.unit_norm else features
 

@@ -47,7 +47,7 @@ def measure(
     split: Split = "held_out",
 ) -> dict[str, Any]:
     """Sample one embedding for each of `count` captions, and four for some of them."""
-    dataset = ShapesDataset(ShapesConfig(split=split, image_size=clip.image_size))
+    dataset = ShapesDataset(ShapesConfig(split=split, image_size=clip.required_image_size()))
     truth = clip.encode_rows(dataset, range(count))
     other = clip.encode_rows(dataset, range(count, 2 * count))
     captions = [dataset.scene(row)[1].text for row in range(count)]

@@ -281,7 +281,7 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
     if config.embed == "text":
         image_embed = pipe.clip.encode_text([caption.text for caption in captions]).text_embed
     elif config.embed in ("true", "mean"):
-        pictures = _true_pictures(scenes, pipe.clip.image_size)
+        pictures = _true_pictures(scenes, pipe.clip.required_image_size())
         parts = [pipe.clip.encode_image(p.to(pipe.clip.device)) for p in pictures.split(100)]
         image_embed = torch.cat(parts)
         if config.embed == "mean":

@@ -291,9 +291,9 @@ def train(config: TrainDecoderConfig) -> None:
         examples = _first_samples(dataset, config.preview.num_images)
         decoder = DecoderStage(config.decoder)
         if config.init is not None:
-            other = load_stages(config.init, only=["decoder"]).decoder
-            assert other is not None
-            start_from(decoder.network, other.network, config.init, "decoder.network")
+            initial = load_stages(config.init, only=["decoder"]).decoder
+            assert initial is not None
+            start_from(decoder.network, initial.network, config.init, "decoder.network")
         objective = DecoderObjective(decoder, clip, config, examples)
     else:
         assert config.upsampler is not None
@@ -301,8 +301,8 @@ def train(config: TrainDecoderConfig) -> None:
         examples = _first_samples(dataset, config.preview.num_images)
         upsampler = UpsamplerStage(config.upsampler)
         if config.init is not None:
-            other = _upsampler_of(config.init, upsampler.image_size)
-            start_from(upsampler.network, other.network, config.init, "upsampler.network")
+            source = _upsampler_of(config.init, upsampler.image_size)
+            start_from(upsampler.network, source.network, config.init, "upsampler.network")
         objective = UpsamplerObjective(upsampler, config, examples)
     fit(
         objective,
