@@ -93,6 +93,7 @@ def test_unknown_names_suggest_the_nearest():
         {"min_snr_gamma": 0.0},
         {"vlb_weight": -1.0},
         {"clip_range": 0.0},
+        {"x_0_norm": 0.0},
         {"vlb_weight": math.nan},
     ],
 )

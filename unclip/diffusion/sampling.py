@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -113,6 +114,8 @@ def sample(
         x_0 = schedule.predict_x_0(x_t, prediction, t)
         if schedule_config.clip_range is not None:
             x_0 = x_0.clamp(-schedule_config.clip_range, schedule_config.clip_range)
+        if schedule_config.x_0_norm is not None:
+            x_0 = F.normalize(x_0.flatten(1), dim=1).view_as(x_0) * schedule_config.x_0_norm
         if callback is not None:
             callback(step, timestep, x_t, x_0)
 

@@ -59,6 +59,10 @@ class DiffusionConfig:
     """The x_0 estimate is clamped to +- this at each sampling step; None leaves it free. 1 suits
     images in [-1, 1], not scaled embeddings."""
 
+    x_0_norm: float | None = None
+    """The x_0 estimate is scaled to this length at each sampling step; None leaves it as it is. For
+    embeddings on a sphere: what `clip_range` is to images."""
+
     timestep_spacing: TimestepSpacing = "trailing"
     """Which N of the T timesteps sampling visits. `trailing`: a stride down from T - 1. `linspace`:
     both ends included, as Karlo's and GLIDE's published samplers do."""
@@ -90,6 +94,11 @@ class DiffusionConfig:
             raise ValueError(
                 "diffusion.clip_range must be positive or null; "
                 f"got {self.clip_range}: use null to leave x_0 unclamped"
+            )
+        if self.x_0_norm is not None and not self.x_0_norm > 0:
+            raise ValueError(
+                "diffusion.x_0_norm must be positive or null; "
+                f"got {self.x_0_norm}: use null to leave the length of x_0 free"
             )
 
 

@@ -1,6 +1,7 @@
 """Names and folders of models: shipped with the package, on this computer, or on the Hugging Face
 Hub; loading them whole or in part, and writing them."""
 
+from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.folders import (
     check_stages,
     load_clip_of,
@@ -16,6 +17,7 @@ __all__ = [
     "Stages",
     "check_stages",
     "load_clip_of",
+    "load_dalle2_pytorch_prior",
     "load_stages",
     "publish",
     "resolve",

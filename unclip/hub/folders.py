@@ -24,7 +24,8 @@ import yaml
 
 from unclip.checkpoint import CONFIG_NAME, written_whole
 from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
-from unclip.hub import diffusers_format, karlo
+from unclip.hub import dalle2_pytorch, diffusers_format, karlo
+from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.model import STAGES, Model, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
@@ -57,14 +58,16 @@ def read_model(name: str | Path) -> Model:
         return diffusers_format.read(folder)
     if karlo.is_folder(folder):
         return karlo.read(folder)
+    if dalle2_pytorch.is_checkpoint(folder):
+        return Model(folder, prior=lambda: load_dalle2_pytorch_prior(folder))
     kind = _stage_kind(folder)
     found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) == k}
     if not found:
         raise FileNotFoundError(
             f"{folder} is no model folder: looked for {MODEL_NAME} and sub-folders of stages, "
-            f"for diffusers' {diffusers_format.INDEX_NAME} and for Karlo's *.ckpt; found "
-            f"{_listing(folder)}. Pass the folder of a model, of a training run that has saved "
-            "something, or of one stage"
+            f"for diffusers' {diffusers_format.INDEX_NAME}, for Karlo's *.ckpt and for a prior of "
+            f"DALLE2-pytorch's, *.pth or *.pt; found {_listing(folder)}. Pass the folder of a "
+            "model, of a training run that has saved something, or of one stage"
         )
     upsampler = found.pop("upsampler", None)
     stages = {**found, "upsamplers": [upsampler] if upsampler else []}
@@ -72,7 +75,7 @@ def read_model(name: str | Path) -> Model:
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
     more = f" and {len(names) - 5} more" if names[5:] else ""
     return (", ".join(names[:5]) + more) or "nothing"
 
@@ -249,6 +252,8 @@ def _with_bases(name: str | Path, wanted: set[str]) -> list[Model]:
 
 def _lacks(chain: list[Model], stage: str) -> str:
     places = " and its base ".join(str(model.path) for model in chain)
+    if not (chain[-1].path / MODEL_NAME).is_file():  # another format: nothing to add a line to
+        return f"the model {places} lacks a {stage}: take that of another model beside it"
     return (
         f"the model {places} lacks a {stage}: add one to {chain[-1].path / MODEL_NAME} under "
         f"stages, or a line 'base: <model that has a {stage}>'"

@@ -23,8 +23,9 @@ def resolve(name: str | Path) -> Path:
     """The folder of a model.
 
     Args:
-        name: a shipped name such as `shapes`, a folder, or `org/name[@revision]` on the Hub. A
-            shipped name wins over a folder of the same name: write `./shapes` for that one.
+        name: a shipped name such as `shapes`, a folder (or a file that is a checkpoint), or
+            `org/name[@revision]` on the Hub. A shipped name wins over a folder of the same name:
+            write `./shapes` for that one.
 
     Raises:
         FileNotFoundError: it is none of these, or the Hub cannot be reached and the local cache
@@ -33,8 +34,8 @@ def resolve(name: str | Path) -> Path:
     name = str(name)
     if name in shipped_names():
         return PRETRAINED / name
-    if name and (folder := Path(name)).is_dir():  # Path("") is the current folder
-        return folder
+    if name and (path := Path(name)).exists():  # Path("") is the current folder
+        return path
     repository, _, revision = name.partition("@")
     try:
         if "/" not in repository:

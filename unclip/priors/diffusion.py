@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from unclip.checkpoint import fill, load_stage, save_stage
 from unclip.config import from_dict, to_dict
-from unclip.diffusion import DiffusionConfig, sample
-from unclip.models import PriorTransformer, PriorTransformerConfig
+from unclip.diffusion import DiffusionConfig, Network, sample
+from unclip.models import (
+    Context,
+    MultiQueryPrior,
+    MultiQueryPriorConfig,
+    PriorTransformer,
+    PriorTransformerConfig,
+)
 from unclip.priors.base import TextConditioning, best_candidate, fill_dropped
+
+Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
 def _diffusion() -> DiffusionConfig:
@@ -37,6 +45,34 @@ class DiffusionPriorConfig:
     """Whether the CLIP's embeddings have unit norm, so that samples are put back on the sphere."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiQueryDiffusionPriorConfig:
+    """A diffusion prior on DALLE2-pytorch's network."""
+
+    network: MultiQueryPriorConfig = field(default_factory=MultiQueryPriorConfig)
+    """The transformer."""
+    diffusion: DiffusionConfig = field(default_factory=_diffusion)
+    """Schedule and target."""
+    unit_norm: bool = False
+    """Whether samples are put back on the sphere. DALLE2-pytorch leaves their length as drawn,
+    unless its `sampling_final_clamp_l2norm` is set."""
+
+    def __post_init__(self) -> None:
+        rows, steps = self.network.num_timesteps, self.diffusion.num_train_timesteps
+        if self.network.time_tokens == "table" and rows < steps:
+            raise ValueError(
+                "prior.network.num_timesteps must be at least diffusion.num_train_timesteps = "
+                f"{steps}; got {rows}: use {steps}"
+            )
+
+
+# One class of a prior for each network; `kind` names it in a checkpoint.
+CONFIG_KINDS = {
+    "diffusion": DiffusionPriorConfig,
+    "multi_query_diffusion": MultiQueryDiffusionPriorConfig,
+}
+
+
 class DiffusionPrior(nn.Module):
     """Draws image embeddings by denoising; see `unclip.priors.base.Prior`.
 
@@ -50,10 +86,14 @@ class DiffusionPrior(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: DiffusionPriorConfig) -> None:
+    def __init__(self, config: DiffusionPriorConfig | MultiQueryDiffusionPriorConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = PriorTransformer(config.network)
+        self.network: PriorTransformer | MultiQueryPrior
+        if isinstance(config.network, MultiQueryPriorConfig):
+            self.network = MultiQueryPrior(config.network)
+        else:
+            self.network = PriorTransformer(config.network)
         unset = torch.full((config.network.embed_dim,), torch.nan)
         self.register_buffer("mean", unset)
         self.register_buffer("std", unset.clone())
@@ -119,7 +159,7 @@ class DiffusionPrior(nn.Module):
         num_inference_steps: int = 64,
         empty: TextConditioning | None = None,
         progress: str | None = None,
-        callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Draw one image embedding for each caption.
 
@@ -148,8 +188,9 @@ class DiffusionPrior(nn.Module):
             null = {name: None if part is None else part[rows] for name, part in null.items()}
         context = self.encode_context(text)
         context = {name: None if part is None else part[rows] for name, part in context.items()}
+        network, callback = self._denoiser(callback)
         x_0 = sample(
-            self.network,
+            network,
             self.config.diffusion,
             (len(rows), embed.shape[1]),
             context=context,
@@ -165,10 +206,33 @@ class DiffusionPrior(nn.Module):
         candidates = self.denormalize(x_0).unflatten(0, (len(embed), num_candidates))
         return best_candidate(candidates, embed)
 
+    def _denoiser(self, callback: Callback | None) -> tuple[Network, Callback | None]:
+        """The network and callback that `sample` calls. With self-conditioning the callback hands
+        each step's estimate of x_0 to the network's next call."""
+        network = self.network
+        if not isinstance(network, MultiQueryPrior) or not network.config.self_conditioning:
+            return network, callback
+        estimate: list[Tensor] = []
+
+        def denoise(x_t: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+            self_cond = None
+            if estimate:  # guidance asks for a batch twice the size of the estimate's
+                self_cond = estimate[0].repeat(len(x_t) // len(estimate[0]), 1).to(x_t.dtype)
+            return network(x_t, timesteps, context, self_cond)
+
+        def remember(step: int, timestep: int, x_t: Tensor, x_0: Tensor) -> None:
+            estimate[:] = [x_0]
+            if callback is not None:
+                callback(step, timestep, x_t, x_0)
+
+        return denoise, remember
+
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage's folder; the statistics stay fp32 only if `dtype` is None."""
         self._require_statistics()
-        config = {"stage": self.stage, "kind": "diffusion", **to_dict(self.config)}
+        kinds = {config_class: kind for kind, config_class in CONFIG_KINDS.items()}
+        kind = kinds[type(self.config)]
+        config = {"stage": self.stage, "kind": kind, **to_dict(self.config)}
         save_stage(folder, config, self.state_dict(), dtype)
 
     @classmethod
@@ -176,11 +240,12 @@ class DiffusionPrior(nn.Module):
         """Read a stage's folder; raises ValueError where it does not fit or lacks statistics."""
         config, tensors = load_stage(folder, cls.stage)
         kind = config.pop("kind", None)
-        if kind != "diffusion":
+        if kind not in CONFIG_KINDS:
             raise ValueError(
-                f"{folder} holds a prior of kind {kind!r}; this class reads 'diffusion'"
+                f"{folder} holds a prior of kind {kind!r}; this class reads "
+                f"{' and '.join(map(repr, CONFIG_KINDS))}"
             )
-        prior = cls(from_dict(DiffusionPriorConfig, config))
+        prior = cls(from_dict(CONFIG_KINDS[kind], config))
         fill(prior, tensors, folder)
         prior._require_statistics()
         return prior.eval()
