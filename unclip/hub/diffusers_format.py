@@ -333,18 +333,18 @@ def _unsayable(stages: Stages) -> Iterator[str]:
         yield "clip: it is open_clip's, not transformers' (leave it out: --parts prior,decoder)"
     if stages.prior is not None:
         prior, network = stages.prior.config, stages.prior.config.network
-        yield from _differing(
-            "prior",
-            {"unit_norm": (prior.unit_norm, False)}
-            | {
-                f"network.{name}": (getattr(network, name), value)
-                for name, value in {
-                    "text_encodings_dim": network.embed_dim,
-                    "mlp_ratio": 4,
-                    "null_text": "empty_prompt",
-                }.items()
-            },
-        )
+        if isinstance(network, PriorTransformerConfig):
+            yield from _differing(
+                "prior",
+                {
+                    "unit_norm": (prior.unit_norm, False),
+                    "network.text_encodings_dim": (network.text_encodings_dim, network.embed_dim),
+                    "network.mlp_ratio": (network.mlp_ratio, 4),
+                    "network.null_text": (network.null_text, "empty_prompt"),
+                },
+            )
+        else:
+            yield "prior.network: it is DALLE2-pytorch's (leave it out: --parts clip,decoder)"
     if stages.decoder is not None:
         decoder = stages.decoder.config.network
         unet = decoder.unet
@@ -392,6 +392,7 @@ def _differing(where: str, settings: Mapping[str, tuple[Any, Any]]) -> Iterator[
 
 def _prior_parts(prior: DiffusionPrior) -> list[Part]:
     network = prior.config.network
+    assert isinstance(network, PriorTransformerConfig)
     config = {
         "num_attention_heads": network.width // network.head_dim,
         "attention_head_dim": network.head_dim,

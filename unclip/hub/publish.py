@@ -168,8 +168,7 @@ def _rows(stages: Stages) -> Iterator[str]:
         name = "in `clip/`" if Path(clip.name).is_dir() else clip.name
         yield row("CLIP", f"{name}, embeddings of {clip.embed_dim}", clip)
     if (prior := stages.prior) is not None:
-        network = prior.config.network
-        yield row("prior", f"causal transformer, {network.depth} x {network.width}", prior)
+        yield row("prior", f"causal transformer, {prior.config.network.depth} layers", prior)
     if (decoder := stages.decoder) is not None:
         yield row("decoder", f"U-Net, {decoder.image_size} px", decoder)
     for upsampler in stages.upsamplers:
