@@ -14,6 +14,7 @@ from unclip.clip.frozen import FrozenCLIP, Text
 from unclip.clip.huggingface import HuggingFaceCLIP, load_huggingface
 from unclip.clip.openclip import (
     BPE_NAME,
+    CONFIG_NAME,
     OpenCLIP,
     load_openclip,
     new_clip,
@@ -38,7 +39,7 @@ __all__ = [
 
 def is_clip_folder(folder: Path) -> bool:
     """Whether a folder is a CLIP that `load_clip` reads."""
-    return any((folder / name).exists() for name in ("open_clip_config.json", "text_encoder"))
+    return any((folder / name).exists() for name in (CONFIG_NAME, "text_encoder"))
 
 
 def load_clip(name: str, device: str | torch.device = "cpu") -> FrozenCLIP:

@@ -27,7 +27,7 @@ class Text(NamedTuple):
     """What CLIP says of B captions; every stage's text conditioning."""
 
     text_embed: Tensor
-    """[B, D] embedding in the joint space, unit norm."""
+    """[B, D] embedding in the joint space, of unit norm if the CLIP's `unit_norm` says so."""
     text_encodings: Tensor
     """[B, N, W] the text encoder's last hidden states after its final LayerNorm."""
     text_mask: Tensor
@@ -106,6 +106,11 @@ class FrozenCLIP(nn.Module, ABC):
     @abstractmethod
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the CLIP into an empty folder that `load_clip` reads."""
+
+    def null_text(self, kind: str) -> Text | None:
+        """What stands for no caption in a network of that `null_text`: the empty prompt's encoding
+        for `empty_prompt`, None where it has `learned` its own."""
+        return self.encode_text([""]) if kind == "empty_prompt" else None
 
     def check_captions(self, captions: Sequence[str]) -> None:
         """Raise TypeError for what is not text; warn of what will be cut."""

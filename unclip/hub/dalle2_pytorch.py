@@ -7,17 +7,18 @@ left in them beside the weights become empty shells: nothing in a file is run.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from unclip.config import from_dict
+from unclip.diffusion import DiffusionConfig, make_scheduler
+from unclip.diffusion.schedule import BetaSchedule
 from unclip.hub.pickles import load_pickle
 from unclip.priors import DiffusionPrior, MultiQueryDiffusionPriorConfig
 
@@ -403,7 +404,13 @@ def _diffusion(source: _Source) -> dict[str, Any]:
     if source.betas is not None:
         steps = len(source.betas)
     steps = config.get("timesteps") or steps
-    fits = {"cosine": _cosine_betas(steps), "linear": _linear_betas(steps)}
+    # The original's betas, but for a linear schedule below 21 steps: some of those are above 1.
+    fits = {
+        name: make_scheduler(
+            from_dict(DiffusionConfig, {"num_train_timesteps": steps, "beta_schedule": name})
+        ).betas.double()
+        for name in get_args(BetaSchedule)
+    }
     if source.betas is not None:
         betas = source.betas.double()
         fits = {
@@ -432,18 +439,6 @@ def _diffusion(source: _Source) -> dict[str, Any]:
         "clip_range": None if source.predicts_x_start else 1.0,
         "x_0_norm": source.embed_scale if on_sphere else None,
     }
-
-
-def _cosine_betas(steps: int) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. 17."""
-    place = torch.arange(steps + 1, dtype=torch.float64) / steps
-    alpha_bar = ((place + 0.008) / 1.008 * math.pi / 2).cos().square()
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-
-
-def _linear_betas(steps: int) -> Tensor:
-    # The original does not clamp: below 21 steps its last betas are above 1, and refused here.
-    return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).clamp(max=0.999)
 
 
 # ----------------------------------------------------------------------------------- the weights

@@ -518,22 +518,21 @@ def _prior_names(depth: int) -> list[tuple[str, str]]:
     return names
 
 
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+def _prior_qkv(depth: int) -> list[tuple[str, list[str]]]:
+    return [
+        (f"blocks.{i}.qkv", [f"transformer_blocks.{i}.attn1.to_{part}" for part in "qkv"])
+        for i in range(depth)
+    ]
 
 
 def prior_from_diffusers(theirs: trunk.Tensors, config: PriorTransformerConfig) -> trunk.Tensors:
     """Move the weights of diffusers' PriorTransformer out of `theirs` as ours."""
     ours = trunk.take(theirs, _prior_names(config.depth))
+    ours |= trunk.join(theirs, _prior_qkv(config.depth), config.head_dim)
     if (token := theirs.pop("prd_embedding", None)) is not None:
         ours["final_token"] = token.flatten()
     if (positions := theirs.pop("positional_embedding", None)) is not None:
         ours["position_embedding"] = positions[0]
-    for layer in range(config.depth):
-        for kind in ("weight", "bias"):
-            keys = [f"transformer_blocks.{layer}.{name}.{kind}" for name in _QKV]
-            if all(key in theirs for key in keys):
-                parts = [theirs.pop(key) for key in keys]
-                ours[f"blocks.{layer}.qkv.{kind}"] = trunk.rows_per_head(parts, config.head_dim)
     theirs.pop("causal_attention_mask", None)  # older versions saved it; it holds nothing learned
     return ours
 
@@ -543,9 +542,4 @@ def prior_to_diffusers(ours: trunk.Tensors, config: PriorTransformerConfig) -> t
     theirs = trunk.take(ours, [(theirs, mine) for mine, theirs in _prior_names(config.depth)])
     theirs["prd_embedding"] = ours.pop("final_token")[None, None]
     theirs["positional_embedding"] = ours.pop("position_embedding")[None]
-    for layer in range(config.depth):
-        for kind in ("weight", "bias"):
-            parts = trunk.split_rows(ours.pop(f"blocks.{layer}.qkv.{kind}"), config.head_dim, 3)
-            for name, part in zip(_QKV, parts, strict=True):
-                theirs[f"transformer_blocks.{layer}.{name}.{kind}"] = part.contiguous()
-    return theirs
+    return theirs | trunk.split(ours, _prior_qkv(config.depth), config.head_dim)

@@ -140,27 +140,44 @@ def split_rows(joined: Tensor, head_dim: int, count: int) -> list[Tensor]:
     return list(rearrange(joined, "(a p d) ... -> p (a d) ...", d=head_dim, p=count))
 
 
+def join(theirs: Tensors, pairs: Iterable[tuple[str, list[str]]], head_dim: int) -> Tensors:
+    """Move projections that diffusers keeps apart out of `theirs`, each as one layer of ours.
+
+    pairs: (our layer, their layers); those that are not all there stay behind."""
+    ours = {}
+    for our_name, their_names in pairs:
+        for kind in ("weight", "bias"):
+            keys = [f"{name}.{kind}" for name in their_names]
+            if all(key in theirs for key in keys):
+                ours[f"{our_name}.{kind}"] = rows_per_head([theirs.pop(k) for k in keys], head_dim)
+    return ours
+
+
+def split(ours: Tensors, pairs: Iterable[tuple[str, list[str]]], head_dim: int) -> Tensors:
+    """The inverse of `join`: move projections out of `ours` as the layers diffusers keeps."""
+    theirs = {}
+    for our_name, their_names in pairs:
+        for kind in ("weight", "bias"):
+            if (joined := ours.pop(f"{our_name}.{kind}", None)) is not None:
+                parts = split_rows(joined, head_dim, len(their_names))
+                for name, part in zip(their_names, parts, strict=True):
+                    theirs[f"{name}.{kind}"] = part.contiguous()
+    return theirs
+
+
+def _split_names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
+    for block in blocks(config):
+        for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
+            yield f"{block.ours}.{joined}", [f"{block.diffusers}.{layer}" for layer in layers]
+
+
 def from_diffusers(theirs: Tensors, config: UNetConfig) -> Tensors:
     """Move the weights of diffusers' UNet2D(Condition)Model out of `theirs` as ours."""
     ours = take(theirs, names(config, "diffusers"))
-    for block in blocks(config):
-        for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
-            for kind in ("weight", "bias"):
-                keys = [f"{block.diffusers}.{layer}.{kind}" for layer in layers]
-                if all(key in theirs for key in keys):
-                    parts = [theirs.pop(key) for key in keys]
-                    ours[f"{block.ours}.{joined}.{kind}"] = rows_per_head(parts, config.head_dim)
-    return ours
+    return ours | join(theirs, _split_names(config), config.head_dim)
 
 
 def to_diffusers(ours: Tensors, config: UNetConfig) -> Tensors:
     """Move our weights out of `ours` as those of diffusers' UNet2D(Condition)Model."""
     theirs = take(ours, ((theirs, mine) for mine, theirs in names(config, "diffusers")))
-    for block in blocks(config):
-        for joined, layers in _SPLIT.items() if block.kind == "attention" else ():
-            for kind in ("weight", "bias"):
-                if (tensor := ours.pop(f"{block.ours}.{joined}.{kind}", None)) is not None:
-                    parts = split_rows(tensor, config.head_dim, len(layers))
-                    for layer, part in zip(layers, parts, strict=True):
-                        theirs[f"{block.diffusers}.{layer}.{kind}"] = part.contiguous()
-    return theirs
+    return theirs | split(ours, _split_names(config), config.head_dim)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unclip.clip import FrozenCLIP, Text
+from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.degradations import DegradationConfig, degrade, downsample
 from unclip.data.images import resize
@@ -141,18 +141,13 @@ class DecoderObjective(Objective):
             text,
             drop_image=dropped[0] < network.image_drop_prob,
             drop_text=dropped[1] < network.text_drop_prob,
-            empty=self.empty(),
+            empty=clip.null_text(network.null_text),
         )
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
         output = decoder.network(x_t, timesteps, context)
         return _reported(
             diffusion_loss(self.schedule, output, x_0, noise, timesteps), timesteps, self
         )
-
-    def empty(self) -> Text | None:
-        """The empty prompt, for a network that has not learned a null of its own."""
-        needed = self.network.config.network.null_text == "empty_prompt"
-        return self.frozen[0].encode_text([""]) if needed else None
 
     @torch.no_grad()
     def preview(self) -> Tensor:
@@ -167,7 +162,7 @@ class DecoderObjective(Objective):
                 num_inference_steps=self.preview_config.num_inference_steps,
                 guidance_scale=self.preview_config.guidance_scale,
             ),
-            empty=self.empty(),
+            empty=clip.null_text(self.network.config.network.null_text),
         )
         return torch.cat([resize(images, self.network.image_size), drawn])
 

@@ -79,8 +79,7 @@ class PriorObjective(Objective):
         timesteps, noise = draw(x_0, self.schedule, generator)
         drop_text = torch.rand(len(x_0), generator=generator, device=x_0.device)
         dropped = drop_text < prior.config.network.text_drop_prob
-        needs_empty = prior.config.network.null_text == "empty_prompt"
-        empty = clip.encode_text([""]) if needs_empty else None
+        empty = clip.null_text(prior.config.network.null_text)
         context = prior.encode_context(text, dropped, empty)
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
         output = prior.network(x_t, timesteps, context)
