@@ -16,7 +16,7 @@ from unclip.diffusion import DiffusionConfig
 from unclip.hub import trunk
 from unclip.hub.model import Model, fill_exactly
 from unclip.hub.pickles import load_pickle
-from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
+from unclip.models import DecoderConfig, PriorTransformerConfig, UpsamplerConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
 from unclip.stages import DecoderStage, DecoderStageConfig, UpsamplerStage, UpsamplerStageConfig
 
@@ -103,7 +103,7 @@ def read_prior(path: Path) -> DiffusionPrior:
         text_encodings_dim=weights["text_enc_proj.weight"].shape[1],
         max_text_len=weights["positional_embedding"].shape[1] - 4,
         width=width,
-        depth=len({k.split(".")[2] for k in weights if k.startswith("transformer.resblocks.")}),
+        depth=trunk.transformer_depth(weights),
         head_dim=HEAD_DIM,
         text_drop_prob=0.2,
         null_text="empty_prompt",
@@ -130,17 +130,7 @@ def prior_from_karlo(theirs: trunk.Tensors, depth: int) -> trunk.Tensors:
         ("norm_out", "final_ln"),
         ("out", "out_proj"),
     ]
-    for layer in range(depth):
-        ours, block = f"blocks.{layer}", f"transformer.resblocks.{layer}"
-        names += [
-            (f"{ours}.norm1", f"{block}.ln_1"),
-            (f"{ours}.qkv", f"{block}.attn.c_qkv"),
-            (f"{ours}.proj", f"{block}.attn.c_proj"),
-            (f"{ours}.norm2", f"{block}.ln_2"),
-            (f"{ours}.mlp.0", f"{block}.mlp.c_fc"),
-            (f"{ours}.mlp.2", f"{block}.mlp.c_proj"),
-        ]
-    weights = trunk.take(theirs, names)
+    weights = trunk.take(theirs, [*names, *trunk.transformer_names(depth)])
     weights["final_token"] = theirs.pop("prd_emb").flatten()
     weights["position_embedding"] = theirs.pop("positional_embedding")[0]
     return weights
@@ -151,7 +141,9 @@ def read_decoder(path: Path) -> DecoderStage:
     weights = _under(_state_dict(path), "model.")
     context_dim, embed_dim = weights["text_seq_proj.0.weight"].shape
     network = DecoderConfig(
-        unet=_unet(path, weights, DECODER_SIZE, dropout=0.1, context_dim=context_dim),
+        unet=trunk.config_of(
+            weights, path, DECODER_SIZE, HEAD_DIM, dropout=0.1, context_dim=context_dim
+        ),
         image_embed_dim=embed_dim,
         text_encodings_dim=embed_dim,
         text_embed_dim=embed_dim,
@@ -184,7 +176,7 @@ def read_upsampler(path: Path) -> UpsamplerStage:
     """Both super-resolution networks as one upsampler."""
     weights = _state_dict(path)
     parts = [_under(weights, f"model_{steps}.") for steps in ("first_steps", "last_step")]
-    unet = _unet(path, parts[0], UPSAMPLER_SIZE, scale_shift=False)
+    unet = trunk.config_of(parts[0], path, UPSAMPLER_SIZE, HEAD_DIM, scale_shift=False)
     network = UpsamplerConfig(unet=unet, scale=UPSAMPLER_SIZE // DECODER_SIZE)
     diffusion = DiffusionConfig(prediction_type="eps", timestep_spacing="linspace")
     config = UpsamplerStageConfig(
@@ -196,43 +188,3 @@ def read_upsampler(path: Path) -> UpsamplerStage:
             ours = {f"unet.{k}": v for k, v in trunk.from_adm(theirs, unet).items()}
             fill_exactly(part, ours, theirs, path)
     return stage.eval()
-
-
-def _unet(
-    path: Path,
-    weights: trunk.Tensors,
-    image_size: int,
-    *,
-    dropout: float = 0.0,
-    scale_shift: bool = True,
-    context_dim: int | None = None,
-) -> UNetConfig:
-    """A trunk's sizes from its weights: each level's width is another, which tells them apart."""
-    count = len({k.split(".")[1] for k in weights if k.startswith("input_blocks.")})
-    widths = [weights[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in range(1, count)]
-    levels = sorted(set(widths))
-    depth = widths.count(levels[-1])
-    expected = [width for width in levels for _ in range(depth + (width != levels[-1]))]
-    if widths != expected:
-        raise ValueError(
-            f"{path}: every level of the U-Net must be wider than the one before; got blocks of "
-            f"{widths} channels: this is another model's"
-        )
-    attended = {
-        widths[i - 1] for i in range(1, count) if f"input_blocks.{i}.1.qkv.weight" in weights
-    }
-    return UNetConfig(
-        image_size=image_size,
-        in_channels=weights["input_blocks.0.0.weight"].shape[1],
-        out_channels=weights["out.2.weight"].shape[0],
-        width=levels[0],
-        channel_mult=tuple(width // levels[0] for width in levels),
-        num_res_blocks=depth,
-        attention_resolutions=tuple(
-            image_size >> level for level, width in enumerate(levels) if width in attended
-        ),
-        head_dim=HEAD_DIM,
-        dropout=dropout,
-        scale_shift=scale_shift,
-        context_dim=context_dim,
-    )

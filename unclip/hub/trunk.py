@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from einops import rearrange
 from torch import Tensor
@@ -118,14 +119,88 @@ def take(theirs: Tensors, pairs: Iterable[tuple[str, str]]) -> Tensors:
     return ours
 
 
-def from_adm(theirs: Tensors, config: UNetConfig) -> Tensors:
-    """Move the weights of guided-diffusion's, GLIDE's or Karlo's U-Net out of `theirs` as ours."""
+def from_adm(theirs: Tensors, config: UNetConfig, new_attention_order: bool = False) -> Tensors:
+    """Move the weights of guided-diffusion's, GLIDE's or Karlo's U-Net out of `theirs` as ours.
+
+    new_attention_order: guided-diffusion's `use_new_attention_order`: all queries, then all keys,
+    then all values, rather than the three of each head together."""
     ours = take(theirs, names(config, "adm"))
-    # Their attention's projections are Conv1d of width 1.
-    return {
-        name: tensor.squeeze(-1) if tensor.ndim == 3 and ".attention." in name else tensor
-        for name, tensor in ours.items()
-    }
+    for name, tensor in ours.items():
+        if ".attention." in name:
+            # Their attention's projections are Conv1d of width 1.
+            tensor = tensor.squeeze(-1) if tensor.ndim == 3 else tensor
+            if new_attention_order and ".qkv." in name:
+                tensor = rows_per_head(list(tensor.chunk(3)), config.head_dim)
+            ours[name] = tensor
+    return ours
+
+
+def config_of(
+    weights: Tensors, source: Path, image_size: int, head_dim: int, **options: Any
+) -> UNetConfig:
+    """A trunk's sizes, read from its weights under guided-diffusion's names.
+
+    Each level ends, on the way up, in a residual block that enlarges; that tells levels apart.
+
+    Args:
+        weights: the trunk's, under guided-diffusion's names.
+        source: where they came from, for the error.
+        image_size, head_dim: what weights do not tell.
+        options: further fields of the config.
+
+    Raises:
+        ValueError: the weights are no such trunk's.
+    """
+    count = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
+    place = "output_blocks.{}.{}".format
+    ends = [
+        i
+        for i in range(count)
+        if {place(i, f"{j}.out_layers.3.weight") for j in (1, 2)} & weights.keys()
+    ]
+    per_level = ends[0] + 1 if ends else count
+    levels = [*ends, count - 1]
+    if count == 0 or levels != [per_level * (n + 1) - 1 for n in range(len(levels))]:
+        raise ValueError(
+            f"{source}: every level of the U-Net must end in a block that enlarges, after as many "
+            f"blocks as the others; got ends after the blocks {levels} of {count}: this is another "
+            "model's"
+        )
+    channels = [weights[place(i, "0.out_layers.3.weight")].shape[0] for i in reversed(levels)]
+    attended = [place(i, "1.qkv.weight") in weights for i in reversed(levels)]
+    width = weights["input_blocks.0.0.weight"].shape[0]
+    return UNetConfig(
+        image_size=image_size,
+        in_channels=weights["input_blocks.0.0.weight"].shape[1],
+        out_channels=weights["out.2.weight"].shape[0],
+        width=width,
+        channel_mult=tuple(level // width for level in channels),
+        num_res_blocks=per_level - 1,
+        attention_resolutions=tuple(image_size >> i for i, has in enumerate(attended) if has),
+        head_dim=head_dim,
+        **options,
+    )
+
+
+# ------------------------------------------------------------- transformers of GLIDE and Karlo
+
+
+def transformer_depth(weights: Tensors) -> int:
+    """Layers of a transformer under the names that GLIDE and Karlo share."""
+    return len({k.split(".")[2] for k in weights if k.startswith("transformer.resblocks.")})
+
+
+def transformer_names(depth: int) -> Iterator[tuple[str, str]]:
+    """(our layer, their layer) of its blocks. Its rows of queries, keys and values are grouped per
+    head, as ours are."""
+    for layer in range(depth):
+        ours, theirs = f"blocks.{layer}", f"transformer.resblocks.{layer}"
+        yield f"{ours}.norm1", f"{theirs}.ln_1"
+        yield f"{ours}.qkv", f"{theirs}.attn.c_qkv"
+        yield f"{ours}.proj", f"{theirs}.attn.c_proj"
+        yield f"{ours}.norm2", f"{theirs}.ln_2"
+        yield f"{ours}.mlp.0", f"{theirs}.mlp.c_fc"
+        yield f"{ours}.mlp.2", f"{theirs}.mlp.c_proj"
 
 
 def rows_per_head(parts: list[Tensor], head_dim: int) -> Tensor:

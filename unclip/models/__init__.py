@@ -6,6 +6,7 @@ what every step calls. Guidance concatenates two contexts key by key.
 """
 
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.glide import Glide, GlideConfig, TextTransformerConfig
 from unclip.models.layers import Context
 from unclip.models.multi_query_prior import MultiQueryPrior, MultiQueryPriorConfig
 from unclip.models.prior_transformer import PriorTransformer, PriorTransformerConfig
@@ -16,10 +17,13 @@ __all__ = [
     "Context",
     "Decoder",
     "DecoderConfig",
+    "Glide",
+    "GlideConfig",
     "MultiQueryPrior",
     "MultiQueryPriorConfig",
     "PriorTransformer",
     "PriorTransformerConfig",
+    "TextTransformerConfig",
     "UNet",
     "UNetConfig",
     "Upsampler",

@@ -144,6 +144,48 @@ class AttentionBlock(nn.Module):
         return x + rearrange(h, "b (h w) c -> b c h w", h=height)
 
 
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP over a sequence. Earlier tokens enter as keys and values alone."""
+
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        backend: AttentionBackend = "sdpa",
+    ):
+        super().__init__()
+        require_backend(backend)
+        hidden = mlp_ratio * width
+        self.head_dim, self.backend = head_dim, backend
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)  # rows grouped per head: [q_0, k_0, v_0, q_1, ...]
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, N, C], N new tokens; past: keys and values of the M tokens before them,
+        [B, A, M, D] each; mask: [B, 1, N, M + N] bool, True = keep, None keeps all.
+
+        Returns the new tokens [B, N, C] and their own keys and values [B, A, N, D]."""
+        q, k, v = split_heads(self.qkv(self.norm1(x)), self.head_dim, 3)  # [B, A, N, D]
+        keys, values = k, v
+        if past is not None:
+            keys = torch.cat([past[0].to(k.dtype), k], dim=2)  # [B, A, M + N, D]
+            values = torch.cat([past[1].to(v.dtype), v], dim=2)
+        h = attention(q, keys, values, mask, self.backend)
+        x = x + self.dropout(self.proj(rearrange(h, "b a n d -> b n (a d)")))  # [B, N, C]
+        return x + self.dropout(self.mlp(self.norm2(x))), k, v
+
+
 # ------------------------------------------------------------------------------- convolutions
 
 

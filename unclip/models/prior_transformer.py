@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 from unclip.models.layers import (
     AttentionBackend,
     Context,
     TimeEmbedding,
-    attention,
+    TransformerBlock,
     check_width,
     drop,
-    require_backend,
-    split_heads,
 )
 
 NUM_EXTRA_TOKENS = 4  # z_t, the timestep, the noised z_i, the learned final token
@@ -85,38 +83,6 @@ class PriorTransformerConfig:
             )
 
 
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP. Earlier tokens enter as keys and values alone."""
-
-    def __init__(self, config: PriorTransformerConfig):
-        super().__init__()
-        require_backend(config.attention_backend)
-        width, hidden = config.width, config.mlp_ratio * config.width
-        self.head_dim, self.backend = config.head_dim, config.attention_backend
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)  # rows grouped per head: [q_0, k_0, v_0, q_1, ...]
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, T, D], T new tokens; past: keys and values of the S tokens before them,
-        [B, A, S, K] each; mask: [B, 1, T, S + T] bool, True = keep.
-
-        Returns the new tokens [B, T, D] and their own keys and values [B, A, T, K]."""
-        q, k, v = split_heads(self.qkv(self.norm1(x)), self.head_dim, 3)  # [B, A, T, K]
-        keys, values = k, v
-        if past is not None:
-            keys = torch.cat([past[0].to(k.dtype), k], dim=2)  # [B, A, S + T, K]
-            values = torch.cat([past[1].to(v.dtype), v], dim=2)
-        h = attention(q, keys, values, mask, self.backend)
-        x = x + self.dropout(self.proj(rearrange(h, "b a t k -> b t (a k)")))  # [B, T, D]
-        return x + self.dropout(self.mlp(self.norm2(x))), k, v
-
-
 class PriorTransformer(nn.Module):
     """Noised image embedding in, prediction out.
 
@@ -136,7 +102,10 @@ class PriorTransformer(nn.Module):
         self.final_token = nn.Parameter(torch.empty(c.width))
         num_tokens = c.max_text_len + NUM_EXTRA_TOKENS
         self.position_embedding = nn.Parameter(torch.empty(num_tokens, c.width))
-        self.blocks = nn.ModuleList(TransformerBlock(c) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(c.width, c.head_dim, c.mlp_ratio, c.dropout, c.attention_backend)
+            for _ in range(c.depth)
+        )
         self.norm_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
         self.null_text_encoding = self.null_text_embed = None
