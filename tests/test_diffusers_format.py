@@ -33,7 +33,7 @@ from unclip.hub.__main__ import main as hub_main
 from unclip.models import DecoderConfig, UNetConfig
 from unclip.pipeline import UnCLIP
 from unclip.priors.base import FilledText
-from unclip.stages import DecoderStage, DecoderStageConfig, SamplingOptions
+from unclip.stages import Conditions, DecoderStage, DecoderStageConfig, SamplingOptions
 
 WIDTH = 32
 PARTS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
@@ -343,7 +343,8 @@ def test_every_step_of_the_cascade_is_diffusers_own(karlo: Path) -> None:
     )
     traces.append([])
     options = SamplingOptions(sampler="ddpm", num_inference_steps=steps, callback=follow)
-    x_0 = stages.upsamplers[0].sample(low_res, [torch.Generator().manual_seed(7)], options)
+    generators = [torch.Generator().manual_seed(7)]
+    x_0 = stages.upsamplers[0].sample(Conditions(low_res=low_res), generators, options)
     theirs[-1] = theirs[-1].clamp(-1, 1)
     assert_same_trace(theirs, [*traces[-1], x_0])
 

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "unclip"
 # How any room reads its config and its files; they know nothing of what they hold.
 FOUNDATION = {"config", "checkpoint"}
 LEAVES = {"clip", "diffusion", "models", "data"}
+STAGES = {"priors", "stages", "glide"}
 
 # Room -> the other rooms it may import. A room may be absent from the tree, but not from here.
 ALLOWED: dict[str, set[str]] = {
@@ -30,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION,
     "priors": FOUNDATION | {"diffusion", "models"},
     "stages": FOUNDATION | {"diffusion", "models", "priors"},
-    "hub": FOUNDATION | {"clip", "diffusion", "models", "priors", "stages", "pretrained"},
-    "training": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
-    "pipeline": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
-    "edits": FOUNDATION | LEAVES | {"priors", "stages", "hub", "pipeline"},
-    "evaluation": FOUNDATION | LEAVES | {"priors", "stages", "hub", "pipeline"},
+    "glide": FOUNDATION | {"diffusion", "models", "stages"},
+    "hub": FOUNDATION | STAGES | {"clip", "diffusion", "models", "pretrained"},
+    "training": FOUNDATION | LEAVES | STAGES | {"hub"},
+    "pipeline": FOUNDATION | LEAVES | STAGES | {"hub"},
+    "edits": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
+    "evaluation": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
     "__init__": {"pipeline"},  # unclip/__init__.py itself
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unclip.clip import Text
 from unclip.diffusion import make_generators
-from unclip.stages import DecoderStage, SamplingOptions, UpsamplerStage
+from unclip.stages import Conditions, DecoderStage, SamplingOptions, UpsamplerStage
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE_EMBED = F.normalize(torch.randn(2, 16, generator=GENERATOR), dim=-1)
@@ -34,13 +34,14 @@ def upsampler(tiny_model: Path) -> UpsamplerStage:
 
 def decode(decoder: DecoderStage, text: Text | None = TEXT, **options: Any) -> Tensor:
     settings = SamplingOptions(**{"num_inference_steps": 3} | options)
-    return decoder.sample(IMAGE_EMBED, text, make_generators(3, 2), settings)
+    conditions = Conditions(image_embed=IMAGE_EMBED, text=text)
+    return decoder.sample(conditions, make_generators(3, 2), settings)
 
 
 def enlarge(upsampler: UpsamplerStage, side: int = 16) -> Tensor:
     low_res = 2 * torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) - 1
     options = SamplingOptions(num_inference_steps=2)
-    return upsampler.sample(low_res, make_generators(3, 2), options)
+    return upsampler.sample(Conditions(low_res=low_res), make_generators(3, 2), options)
 
 
 def test_pictures_have_their_size_and_range(
@@ -98,14 +99,14 @@ def test_embedding_and_caption_both_decide_the_picture(decoder: DecoderStage) ->
     other = Text(TEXT.text_embed, -TEXT.text_encodings, TEXT.text_mask)
     assert (decode(decoder, other) - drawn).abs().max() > 1e-3
     options = SamplingOptions(num_inference_steps=3)
-    swapped = decoder.sample(IMAGE_EMBED.flip(0), TEXT, make_generators(3, 2), options)
+    conditions = Conditions(image_embed=IMAGE_EMBED.flip(0), text=TEXT)
+    swapped = decoder.sample(conditions, make_generators(3, 2), options)
     assert (swapped - drawn).abs().max() > 1e-3
 
 
 def test_given_noise_is_where_sampling_starts(decoder: DecoderStage) -> None:
     x_T = torch.randn(2, 3, 16, 16)
     options = SamplingOptions(num_inference_steps=3)
-    one, two = (
-        decoder.sample(IMAGE_EMBED, TEXT, make_generators(seed, 2), options, x_T) for seed in (1, 2)
-    )
+    given = Conditions(image_embed=IMAGE_EMBED, text=TEXT)
+    one, two = (decoder.sample(given, make_generators(s, 2), options, x_T) for s in (1, 2))
     assert torch.equal(one, two)  # DDIM with eta 0 draws nothing else

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def save_stage(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one stage's folder, whole or not at all.
 
@@ -118,10 +119,13 @@ def save_stage(
         config: plain values, with a `stage` key that says what the folder holds.
         tensors: the state dict.
         dtype: of the stored weights; None keeps each tensor's own.
+        more: writes what else belongs into the folder it is given.
     """
     with written_whole(folder) as temporary:
         (temporary / CONFIG_NAME).write_text(yaml.safe_dump(dict(config), sort_keys=False))
         save_weights(tensors, temporary / WEIGHTS_NAME, dtype)
+        if more is not None:
+            more(temporary)
 
 
 def load_stage(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from unclip.clip import FrozenCLIP, Text
 from unclip.diffusion import DiffusionConfig, make_scheduler, sampling_timesteps
+from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
 from unclip.priors import DiffusionPrior
-from unclip.stages import DecoderStage, SamplingOptions, UpsamplerStage
+from unclip.stages import Conditions, DecoderStage, PictureStage, SamplingOptions
 
 StageCallback = Callable[[str, int, int, Tensor, Tensor], None]
 
@@ -78,6 +79,24 @@ class CascadeOptions:
                 f"{self.sampler!r}: leave it out or use ddim"
             )
 
+    @property
+    def of_decoder(self) -> dict[str, Any]:
+        """The decoder's, as `SamplingOptions` names them."""
+        return {
+            "sampler": self.sampler,
+            "num_inference_steps": self.decoder_steps,
+            "guidance_scale": self.guidance_scale,
+            "eta": self.eta,
+        }
+
+    @property
+    def of_upsamplers(self) -> dict[str, Any]:
+        """The upsamplers', as `SamplingOptions` names them."""
+        return {
+            "sampler": self.upsampler_sampler,
+            "num_inference_steps": self.upsampler_steps,
+        }
+
 
 @dataclass(frozen=True)
 class CascadeOutput:
@@ -85,8 +104,8 @@ class CascadeOutput:
 
     by_size: dict[int, Tensor]
     """Side S in px -> what that stage drew, [B, 3, S, S] in [-1, 1]; small to large."""
-    image_embed: Tensor
-    """[B, D] what the prior drew, or was given."""
+    image_embed: Tensor | None
+    """[B, D] what the prior drew, or was given; None for a decoder that reads captions alone."""
     prompts: list[str | None]
     """The caption of each picture."""
     seeds: list[int]
@@ -111,27 +130,56 @@ def check_prompt(prompt: object) -> None:
 class UnCLIP:
     """A CLIP, a prior, a decoder and upsamplers, run one after the other.
 
+    GLIDE's stages read captions themselves: a decoder of that kind needs neither CLIP nor prior.
+
     >>> unclip = UnCLIP.from_pretrained("shapes")
     >>> images = unclip("a red circle left of a blue square", num_images=4).images
     """
 
     def __init__(
         self,
-        clip: FrozenCLIP,
+        clip: FrozenCLIP | None,
         prior: DiffusionPrior | None,
-        decoder: DecoderStage,
-        upsamplers: Sequence[UpsamplerStage] = (),
+        decoder: DecoderStage | GlideStage,
+        upsamplers: Sequence[PictureStage] = (),
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        offload_from: str | torch.device | None = None,
     ) -> None:
+        """Put a model together.
+
+        Args:
+            clip, prior, decoder, upsamplers: stages that fit one another.
+            sampling: fields of `CascadeOptions` that this model is sampled with unless a call says
+                otherwise.
+            offload_from: a device on which each stage is only while it works; between, it stays
+                where it is now. None: every stage works where it is.
+
+        Raises:
+            ValueError: the stages do not fit, or `sampling` names no such option.
+        """
         self.clip = clip
         self.prior = prior
         self.decoder = decoder
         self.upsamplers = list(upsamplers)
+        self.sampling = dict(sampling or {})
+        self.offload_from = None if offload_from is None else torch.device(offload_from)
         check_stages(self.stages)
+        self._options({})
+
+    def _options(self, given: Mapping[str, Any]) -> CascadeOptions:
+        known = {f.name for f in fields(CascadeOptions)}
+        if unknown := set(self.sampling) - known:
+            raise ValueError(
+                f"sampling must name options among {', '.join(sorted(known))}; got "
+                f"{', '.join(sorted(unknown))}: take them out"
+            )
+        return CascadeOptions(**{**self.sampling, **given})
 
     @property
     def stages(self) -> Stages:
-        """The four as `unclip.hub` takes them."""
-        return Stages(self.clip, self.prior, self.decoder, self.upsamplers)
+        """What `unclip.hub` takes."""
+        return Stages(self.clip, self.prior, self.decoder, self.upsamplers, self.sampling)
 
     @property
     def sizes(self) -> list[int]:
@@ -140,8 +188,8 @@ class UnCLIP:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder is; the other stages are there too."""
-        return next(self.decoder.parameters()).device
+        """Where the stages work."""
+        return self.offload_from or next(self.decoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,6 +206,7 @@ class UnCLIP:
         upsampler: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        offload: bool = False,
     ) -> UnCLIP:
         """Load a model.
 
@@ -168,21 +217,31 @@ class UnCLIP:
                 an upsampler brings with it those its own model puts before and after it.
             device: where to run.
             dtype: of prior, decoder and upsamplers; CLIP stays fp32.
+            offload: keep the stages on the CPU and each on `device` only while it works: slower,
+                in the memory of the largest stage.
 
         Raises:
             FileNotFoundError, ValueError: as `unclip.hub.load_stages` does.
         """
         others = {"prior": prior, "decoder": decoder, "upsamplers": upsampler}
         own = {"clip", *(stage for stage, other in others.items() if other is None)}
-        stages = load_stages(name_or_path, device=device, dtype=dtype, only=own, optional={"prior"})
+        home = "cpu" if offload else device
+        stages = load_stages(name_or_path, device=home, dtype=dtype, only=own, optional={"prior"})
         for stage, other in others.items():
             if other is not None:
                 loaded = load_stages(
-                    other, device=device, dtype=dtype, only={stage}, for_clip=stages.clip
+                    other, device=home, dtype=dtype, only={stage}, for_clip=stages.clip
                 )
                 setattr(stages, stage, getattr(loaded, stage))
-        assert stages.clip is not None and stages.decoder is not None
-        return cls(stages.clip, stages.prior, stages.decoder, stages.upsamplers)
+        assert stages.decoder is not None
+        return cls(
+            stages.clip,
+            stages.prior,
+            stages.decoder,
+            stages.upsamplers,
+            sampling=stages.sampling,
+            offload_from=device if offload else None,
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the model's folder, whole or not at all; `dtype` None keeps the weights' own."""
@@ -238,6 +297,8 @@ class UnCLIP:
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
         image_embed: Tensor | None = None,
+        image: Tensor | None = None,
+        repaint: Tensor | None = None,
         batch_size: int = 8,
         progress: bool = True,
         callback: StageCallback | None = None,
@@ -253,20 +314,24 @@ class UnCLIP:
                 drawn (to the last bits of rounding, which the batch's size may change), and no
                 stage's noise depends on another stage's steps.
             image_embed: [D] for all prompts, or [P, D]; skips the prior.
+            image: [3, H, W] in [-1, 1], any size: a picture to paint parts of anew, for models
+                with an inpainting network (GLIDE's).
+            repaint: [1, H, W] or [H, W], above 0 (white) where it is to be painted anew.
             batch_size: pictures drawn at once.
             progress: show a bar for each stage.
             callback: called after each step with (stage, step, timestep, x_t, x_0).
-            options: the fields of `CascadeOptions`.
+            options: fields of `CascadeOptions`, before the model's own `sampling`.
 
         Raises:
             ValueError: an argument is out of its range; nothing has been drawn.
         """
-        chosen = CascadeOptions(**options)
+        chosen = self._options(options)
         self._check_steps(chosen)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
+        self._check_inpainting(image, repaint)
         captions, embeds = self._conditions(prompts, image_embed, num_images)
         count = len(captions)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
@@ -274,7 +339,10 @@ class UnCLIP:
             raise ValueError(
                 f"seed must be one number, or one a picture, {count}; got {len(seeds)}: give one"
             )
-        run = _Run(chosen, progress, callback, seconds={})
+        known = {}
+        if image is not None and repaint is not None:
+            known = {"image": image[None], "repaint": repaint.reshape(1, 1, *repaint.shape[-2:])}
+        run = _Run(chosen, progress, callback, known, seconds={})
         parts = []
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
@@ -282,10 +350,10 @@ class UnCLIP:
             run.title = run.title if count > batch_size else ""
             batch_embeds = None if embeds is None else embeds[rows]
             parts.append(self._batch(captions[rows], batch_embeds, seeds[rows], run))
-        drawn_embeds, pictures = zip(*parts, strict=True)
+        drawn, pictures = zip(*parts, strict=True)
         return CascadeOutput(
             by_size={size: torch.cat([p[size] for p in pictures]) for size in pictures[0]},
-            image_embed=torch.cat(drawn_embeds),
+            image_embed=None if drawn[0] is None else torch.cat(drawn),
             prompts=captions,
             seeds=seeds,
             options=chosen,
@@ -311,13 +379,33 @@ class UnCLIP:
                 f"draws; got {options.size}: leave it out for {self.sizes[-1]}"
             )
 
+    def _check_inpainting(self, image: Tensor | None, repaint: Tensor | None) -> None:
+        if image is None and repaint is None:
+            return
+        if not (isinstance(self.decoder, GlideStage) and self.decoder.config.network.inpainting):
+            raise ValueError(
+                "image and repaint need a decoder with channels for them; got a model without: "
+                "load one of GLIDE's inpainting networks, or leave them out"
+            )
+        shapes = [None if part is None else tuple(part.shape) for part in (image, repaint)]
+        if image is None or repaint is None or image.ndim != 3 or repaint.ndim not in (2, 3):
+            raise ValueError(
+                "image must be [3, H, W] and repaint [1, H, W], and both be given; got "
+                f"{shapes[0]} and {shapes[1]}"
+            )
+
     def _conditions(
         self, prompts: str | Sequence[str] | None, image_embed: Tensor | None, num_images: int
     ) -> tuple[list[str | None], Tensor | None]:
         """Captions and embeddings [B, D] (None: to be drawn) of each picture."""
+        if isinstance(self.decoder, GlideStage) and (prompts is None or image_embed is not None):
+            raise ValueError(
+                "this model's decoder reads captions alone: prompts must be given and image_embed "
+                f"must not; got {'an image_embed' if prompts else 'no prompts'}"
+            )
         if prompts is None and image_embed is None:
             raise ValueError("prompts must be given where image_embed is not; got neither")
-        if image_embed is None and self.prior is None:
+        if image_embed is None and self.prior is None and isinstance(self.decoder, DecoderStage):
             raise ValueError(
                 "this model has no prior, so image_embed must be given; got None: embed a picture "
                 "with clip.encode_image, or load the model with prior=<a model that has one>"
@@ -335,6 +423,7 @@ class UnCLIP:
         captions = [prompt for prompt in given for _ in range(num_images)]
         if image_embed is None:
             return captions, None
+        assert self.clip is not None
         embed = image_embed.expand(len(given), -1) if image_embed.ndim == 1 else image_embed
         if embed.shape != (len(given), self.clip.embed_dim):
             raise ValueError(
@@ -346,23 +435,16 @@ class UnCLIP:
 
     def _batch(
         self, captions: list[str | None], embeds: Tensor | None, seeds: list[int], run: _Run
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Embeddings [B, D] and pictures by size of one batch."""
         options, device = run.options, self.device
-        text: Text | None = None
-        with run.timed("text", device):
-            prompts = [caption for caption in captions if caption is not None]
-            if prompts:
-                text = self.clip.encode_text(prompts).trimmed()
-            stages = [stage for stage in (self.prior, self.decoder) if stage is not None]
-            reads_empty = any(s.config.network.null_text == "empty_prompt" for s in stages)
-            empty = self.clip.encode_text([""]) if reads_empty else None
+        text, empty = self._encode(captions, run)
         # The weights are in `dtype` already; autocast is what casts the fp32 conditions to them.
         autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
-            if embeds is None:
-                assert text is not None and self.prior is not None
-                with run.timed("prior", device):
+            if embeds is None and self.prior is not None and isinstance(self.decoder, DecoderStage):
+                assert text is not None
+                with self._at_work(self.prior), run.timed("prior", device):
                     embeds = self.prior.sample(
                         text,
                         guidance_scale=options.prior_guidance_scale,
@@ -374,40 +456,60 @@ class UnCLIP:
                         progress=run.bar("prior"),
                         callback=run.callback_of("prior"),
                     )
-            embeds = embeds.to(device, torch.float32)
-            with run.timed("decoder", device):
-                images = self.decoder.sample(
-                    embeds,
-                    text,
-                    picture_generators(seeds, "decoder"),
-                    SamplingOptions(
-                        sampler=options.sampler,
-                        num_inference_steps=options.decoder_steps,
-                        guidance_scale=options.guidance_scale,
-                        eta=options.eta,
-                        progress=run.bar("decoder"),
-                        callback=run.callback_of("decoder"),
-                    ),
-                    empty=empty,
-                )
-            by_size = {self.decoder.image_size: images.float().cpu()}
-            for upsampler in self.upsamplers:
-                if options.size is not None and upsampler.image_size > options.size:
+            embeds = None if embeds is None else embeds.to(device, torch.float32)
+            known = {
+                name: part.to(device).expand(len(seeds), -1, -1, -1)
+                for name, part in run.known.items()
+            }
+            conditions = Conditions(
+                image_embed=embeds, text=text, empty=empty, captions=captions, **known
+            )
+            by_size: dict[int, Tensor] = {}
+            for stage in (self.decoder, *self.upsamplers):
+                if by_size and options.size is not None and stage.image_size > options.size:
                     break
-                stage = f"upsampler_{upsampler.image_size}"
-                with run.timed(stage, device):
-                    images = upsampler.sample(
-                        images,
-                        picture_generators(seeds, stage),
+                name = f"upsampler_{stage.image_size}" if by_size else "decoder"
+                with self._at_work(stage), run.timed(name, device):
+                    images = stage.sample(
+                        conditions,
+                        picture_generators(seeds, name),
                         SamplingOptions(
-                            sampler=options.upsampler_sampler,
-                            num_inference_steps=options.upsampler_steps,
-                            progress=run.bar(stage),
-                            callback=run.callback_of(stage),
+                            **(options.of_upsamplers if by_size else options.of_decoder),
+                            progress=run.bar(name),
+                            callback=run.callback_of(name),
                         ),
                     )
-                by_size[upsampler.image_size] = images.float().cpu()
-        return embeds.cpu(), by_size
+                conditions = replace(conditions, low_res=images)
+                by_size[stage.image_size] = images.float().cpu()
+        return None if embeds is None else embeds.cpu(), by_size
+
+    def _encode(self, captions: list[str | None], run: _Run) -> tuple[Text | None, Text | None]:
+        """What CLIP says of the captions, and of the empty prompt where a stage reads it."""
+        prompts = [caption for caption in captions if caption is not None]
+        if self.clip is None:
+            return None, None
+        with self._at_work(self.clip), run.timed("text", self.device):
+            text = self.clip.encode_text(prompts).trimmed() if prompts else None
+            stages = [
+                s
+                for s in (self.prior, self.decoder)
+                if isinstance(s, DiffusionPrior | DecoderStage)
+            ]
+            reads_empty = any(s.config.network.null_text == "empty_prompt" for s in stages)
+            return text, self.clip.encode_text([""]) if reads_empty else None
+
+    @contextmanager
+    def _at_work(self, stage: nn.Module) -> Iterator[None]:
+        """Within the block, a stage is where it works."""
+        if self.offload_from is None:
+            yield
+            return
+        home = next(stage.parameters()).device
+        stage.to(self.offload_from)
+        try:
+            yield
+        finally:
+            stage.to(home)
 
 
 @dataclass
@@ -417,6 +519,7 @@ class _Run:
     options: CascadeOptions
     progress: bool
     callback: StageCallback | None
+    known: dict[str, Tensor]
     seconds: dict[str, float]
     title: str = ""
 

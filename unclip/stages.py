@@ -1,4 +1,5 @@
 """The picture stages: a network with the diffusion it was trained for, as a checkpoint holds it.
+GLIDE's are in `unclip.glide`.
 
 Shapes: B pictures, S side of the decoder's pictures, D width of CLIP's joint space.
 """
@@ -39,6 +40,28 @@ class SamplingOptions:
     """Title of a progress bar, or None."""
     callback: StepCallback | None = None
     """Called after each step with (step, timestep, x_t, x_0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What is known of B pictures before a stage draws them; each stage reads what it was made for
+    and leaves the rest."""
+
+    image_embed: Tensor | None = None
+    """[B, D] CLIP's."""
+    text: TextConditioning | None = None
+    """What CLIP says of the captions; None: no captions."""
+    empty: TextConditioning | None = None
+    """What CLIP says of one empty prompt, which stands for no caption where the network's
+    `null_text` is `empty_prompt`."""
+    captions: Sequence[str | None] | None = None
+    """The captions themselves, for stages with a text encoder of their own."""
+    low_res: Tensor | None = None
+    """[B, 3, h, w] in [-1, 1] what the stage before drew."""
+    image: Tensor | None = None
+    """[B, 3, H, W] in [-1, 1] a picture to be kept in part, of any size."""
+    repaint: Tensor | None = None
+    """[B, 1, H, W] True (or above 0) where it is to be painted anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +108,26 @@ class PictureStage(nn.Module):
         """Side of the pictures it draws, px."""
         return int(self.config.network.unet.image_size)
 
+    def sample(
+        self,
+        conditions: Conditions,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] under B conditions.
+
+        Args:
+            conditions: what is known of the pictures.
+            generators: one a picture.
+            options: sampler, steps, guidance.
+            x_T: noise [B, 3, H, W] to start from; None draws it from the generators.
+
+        Raises:
+            ValueError: a condition that the stage needs is missing, or does not fit.
+        """
+        raise NotImplementedError
+
     def _denoise(
         self,
         size: int,
@@ -94,6 +137,7 @@ class PictureStage(nn.Module):
         options: SamplingOptions,
         x_T: Tensor | None = None,
         network: Network | None = None,
+        constrain: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         weight = next(self.network.parameters())
         return sample(
@@ -110,6 +154,7 @@ class PictureStage(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
             x_T=x_T,
+            constrain=constrain,
             progress=options.progress,
             callback=options.callback,
         ).clamp(-1, 1)
@@ -146,9 +191,8 @@ class DecoderStage(PictureStage):
     ) -> dict[str, Tensor | None]:
         """The network's context from image embeddings [B, D] and B captions (None: no captions).
 
-        `drop_image`, `drop_text`: [B] bool, True = the row does without. `empty`: conditioning of
-        one empty prompt, which stands for no caption where the network's `null_text` is
-        `empty_prompt`."""
+        `drop_image`, `drop_text`: [B] bool, True = the row does without. `empty`: see
+        `Conditions`."""
         network = self.config.network
         if network.null_text == "empty_prompt":
             if text is None and empty is not None:
@@ -168,15 +212,15 @@ class DecoderStage(PictureStage):
 
     def sample(
         self,
-        image_embed: Tensor,
-        text: TextConditioning | None,
+        conditions: Conditions,
         generators: Sequence[torch.Generator],
         options: SamplingOptions,
         x_T: Tensor | None = None,
-        empty: TextConditioning | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, S, S] in [-1, 1] for image embeddings [B, D] and captions; `empty` as in
-        `encode_context`."""
+        """Pictures [B, 3, S, S] from `image_embed`, `text`, `empty`; see `PictureStage.sample`."""
+        image_embed, text, empty = conditions.image_embed, conditions.text, conditions.empty
+        if image_embed is None:
+            raise ValueError("image_embed must be given to a decoder; got None: draw it by a prior")
         null = None
         if options.guidance_scale != 1:
             everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
@@ -202,12 +246,13 @@ class UpsamplerStage(PictureStage):
 
     def sample(
         self,
-        low_res: Tensor,
+        conditions: Conditions,
         generators: Sequence[torch.Generator],
         options: SamplingOptions,
         x_T: Tensor | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, scale h, scale h] in [-1, 1] from pictures [B, 3, h, h] in [-1, 1]."""
+        """Pictures [B, 3, scale h, scale h] from `low_res`; see `PictureStage.sample`."""
+        low_res = required_low_res(conditions)
         noise_level = None
         if self.config.network.noise_conditioning:
             noise_level = torch.zeros(len(low_res), device=low_res.device)
@@ -223,3 +268,10 @@ class UpsamplerStage(PictureStage):
             return out
 
         return self._denoise(size, context, None, generators, options, x_T, network)
+
+
+def required_low_res(conditions: Conditions) -> Tensor:
+    """The small pictures; raises ValueError where there are none."""
+    if conditions.low_res is None:
+        raise ValueError("low_res must be given to an upsampler; got None: pass small pictures")
+    return conditions.low_res

@@ -37,6 +37,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     x_T: Tensor | None = None,
+    constrain: Callable[[Tensor], Tensor] | None = None,
     progress: str | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -59,6 +60,7 @@ def sample(
             alone and in a batch; CPU generators make it the same on every device.
         device: where to sample; by default where x_T or the context lies.
         x_T: starting noise [B, ...]; by default drawn from the generators.
+        constrain: applied to each step's estimate of x_0 after the clamp, to hold what is known.
         progress: text of a progress bar; None shows none.
         callback: called each step as `callback(step, timestep, x_t, x_0)` with the step's input
             and the clamped estimate of x_0.
@@ -116,6 +118,8 @@ def sample(
             x_0 = x_0.clamp(-schedule_config.clip_range, schedule_config.clip_range)
         if schedule_config.x_0_norm is not None:
             x_0 = F.normalize(x_0.flatten(1), dim=1).view_as(x_0) * schedule_config.x_0_norm
+        if constrain is not None:
+            x_0 = constrain(x_0)
         if callback is not None:
             callback(step, timestep, x_t, x_0)
 

@@ -277,12 +277,17 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
     pipe = UnCLIP.from_pretrained(config.model, device=config.device)
     drawn_scenes = (draw_scene(config.world, k) for k in range(config.num))
     scenes, captions = zip(*drawn_scenes, strict=True)
-    image_embed = None
-    if config.embed == "text":
-        image_embed = pipe.clip.encode_text([caption.text for caption in captions]).text_embed
-    elif config.embed in ("true", "mean"):
-        pictures = _true_pictures(scenes, pipe.clip.required_image_size())
-        parts = [pipe.clip.encode_image(p.to(pipe.clip.device)) for p in pictures.split(100)]
+    image_embed, clip = None, pipe.clip
+    if config.embed != "prior" and clip is None:
+        raise ValueError(
+            f"embed must be 'prior' for a model without a CLIP; got {config.embed!r} for "
+            f"{config.model}: leave it out"
+        )
+    if config.embed == "text" and clip is not None:
+        image_embed = clip.encode_text([caption.text for caption in captions]).text_embed
+    elif config.embed in ("true", "mean") and clip is not None:
+        pictures = _true_pictures(scenes, clip.required_image_size())
+        parts = [clip.encode_image(p.to(clip.device)) for p in pictures.split(100)]
         image_embed = torch.cat(parts)
         if config.embed == "mean":
             image_embed = image_embed.mean(0)

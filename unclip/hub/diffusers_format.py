@@ -20,6 +20,7 @@ from unclip.checkpoint import load_weights, save_weights, written_whole
 from unclip.clip import HuggingFaceCLIP, load_clip
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig
+from unclip.glide import GlideStage
 from unclip.hub import trunk
 from unclip.hub.model import Model, Stages, fill_exactly
 from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
@@ -304,10 +305,11 @@ def write(stages: Stages, folder: Path, dtype: torch.dtype | None = None) -> Non
         parts = []
         if stages.prior is not None:
             parts += _prior_parts(stages.prior)
-        if stages.decoder is not None:
+        if isinstance(stages.decoder, DecoderStage):
             parts += _decoder_parts(stages.decoder)
         for upsampler in stages.upsamplers:
-            parts += _upsampler_parts(upsampler)
+            if isinstance(upsampler, UpsamplerStage):
+                parts += _upsampler_parts(upsampler)
         for name, (class_name, config, tensors) in parts:
             config = {
                 "_class_name": class_name,
@@ -345,7 +347,10 @@ def _unsayable(stages: Stages) -> Iterator[str]:
             )
         else:
             yield "prior.network: it is DALLE2-pytorch's (leave it out: --parts clip,decoder)"
-    if stages.decoder is not None:
+    for stage in (stages.decoder, *stages.upsamplers):
+        if isinstance(stage, GlideStage):
+            yield "network with a text transformer, GLIDE's (use --to unclip)"
+    if isinstance(stages.decoder, DecoderStage):
         decoder = stages.decoder.config.network
         unet = decoder.unet
         yield from _differing(
@@ -365,6 +370,8 @@ def _unsayable(stages: Stages) -> Iterator[str]:
         yield f"{len(stages.upsamplers)} upsamplers (it must be one)"
     for upsampler in stages.upsamplers:
         network_config = upsampler.config.network
+        if not isinstance(network_config, UpsamplerConfig):
+            continue
         yield from _differing(
             f"upsampler_{upsampler.image_size}.network",
             {

@@ -4,6 +4,7 @@
     version: 1
     stages: {clip: clip, prior: prior, decoder: decoder, upsamplers: [upsampler_256]}
     base: shapes                         # optional: completes the stages that are not here
+    sampling: {guidance_scale: 4.0}      # optional: what it is sampled with unless told otherwise
     clip_fingerprint: 0123456789abcdef   # optional: of the CLIP that these stages were trained on
 
 `clip` may also name a CLIP that lies elsewhere (`ViT-L-14/openai`, `hf-hub:org/name`). The folder
@@ -24,16 +25,17 @@ import yaml
 
 from unclip.checkpoint import CONFIG_NAME, written_whole
 from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
-from unclip.hub import dalle2_pytorch, diffusers_format, karlo
+from unclip.glide import GlideStage
+from unclip.hub import dalle2_pytorch, diffusers_format, glide, karlo
 from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.model import STAGES, Model, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
-from unclip.stages import DecoderStage, UpsamplerStage
+from unclip.stages import DecoderStage, PictureStage, UpsamplerStage
 
 MODEL_NAME = "unclip.yaml"
 FORMAT, VERSION = "unclip", 1
-KINDS = ("clip", "prior", "decoder", "upsampler")
+KINDS = ("clip", "prior", "decoder", "upsampler", "glide")
 Stage = TypeVar("Stage")
 
 
@@ -58,17 +60,23 @@ def read_model(name: str | Path) -> Model:
         return diffusers_format.read(folder)
     if karlo.is_folder(folder):
         return karlo.read(folder)
+    if glide.is_checkpoint(folder):
+        return glide.read(folder)
     if dalle2_pytorch.is_checkpoint(folder):
         return Model(folder, prior=lambda: load_dalle2_pytorch_prior(folder))
     kind = _stage_kind(folder)
-    found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) == k}
+    found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) is not None}
     if not found:
         raise FileNotFoundError(
             f"{folder} is no model folder: looked for {MODEL_NAME} and sub-folders of stages, "
-            f"for diffusers' {diffusers_format.INDEX_NAME}, for Karlo's *.ckpt and for a prior of "
-            f"DALLE2-pytorch's, *.pth or *.pt; found {_listing(folder)}. Pass the folder of a "
-            "model, of a training run that has saved something, or of one stage"
+            f"for diffusers' {diffusers_format.INDEX_NAME}, for Karlo's *.ckpt, for GLIDE's *.pt "
+            "and for a prior of DALLE2-pytorch's, *.pth or *.pt; found "
+            f"{_listing(folder)}. Pass the folder of a model, of a training run that has saved "
+            "something, or of one stage"
         )
+    if "glide" in found:
+        name = found.pop("glide")
+        found["upsampler" if GlideStage.load(folder / name).is_upsampler else "decoder"] = name
     upsampler = found.pop("upsampler", None)
     stages = {**found, "upsamplers": [upsampler] if upsampler else []}
     return _from_yaml(folder, {"stages": stages})
@@ -105,7 +113,7 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: version must be {VERSION}; got {values.get('version')!r}: install the "
             "release of unclip that wrote it, or save it again with this one"
         )
-    keys = ("format", "version", "stages", "base", "clip_fingerprint")
+    keys = ("format", "version", "stages", "base", "sampling", "clip_fingerprint")
     _check_known(path, "", values, keys)
     stages = values.setdefault("stages", {})
     if not isinstance(stages, dict):
@@ -138,6 +146,7 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
         return str(folder / value) if (folder / value).is_dir() else value
 
     model = Model(folder, clip_fingerprint=values.get("clip_fingerprint"))
+    model.sampling = values.get("sampling", {})
     if (clip := stages.get("clip")) is not None:
         is_name = "/" in clip or ":" in clip
         model.clip = lambda: load_clip(
@@ -146,13 +155,23 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
     if (prior := stages.get("prior")) is not None:
         model.prior = reader("prior", prior, DiffusionPrior.load)
     if (decoder := stages.get("decoder")) is not None:
-        model.decoder = reader("decoder", decoder, DecoderStage.load)
+        model.decoder = reader("decoder", decoder, _read_decoder)
     model.upsamplers = [
-        reader("upsampler", value, UpsamplerStage.load) for value in stages.get("upsamplers", [])
+        reader("upsampler", value, _read_upsampler) for value in stages.get("upsamplers", [])
     ]
     if (base := values.get("base")) is not None:
         model.base = there_or_named(base)
     return model
+
+
+def _read_decoder(folder: Path) -> DecoderStage | GlideStage:
+    is_glide = _stage_kind(folder) == GlideStage.stage
+    return GlideStage.load(folder) if is_glide else DecoderStage.load(folder)
+
+
+def _read_upsampler(folder: Path) -> PictureStage:
+    is_glide = _stage_kind(folder) == GlideStage.stage
+    return GlideStage.load(folder) if is_glide else UpsamplerStage.load(folder)
 
 
 def _there(model: Path, stage: str, folder: Path) -> Path:
@@ -198,6 +217,7 @@ def load_stages(
     chain = _with_bases(name, wanted)
     stages = Stages()
     for model in chain:
+        stages.sampling = stages.sampling or model.sampling
         if "clip" in wanted and stages.clip is None and model.clip is not None:
             stages.clip = model.clip()
         if "prior" in wanted and stages.prior is None and model.prior is not None:
@@ -207,8 +227,10 @@ def load_stages(
         if "upsamplers" in wanted:
             others = [read() for read in model.upsamplers]
             stages.upsamplers = _around(stages.upsamplers, others)
+    reads_captions = isinstance(stages.decoder, GlideStage)
     for stage in ("clip", "prior", "decoder"):
-        if stage in wanted and stage not in optional and getattr(stages, stage) is None:
+        missing = stage in wanted and stage not in optional and getattr(stages, stage) is None
+        if missing and not (stage == "clip" and reads_captions):
             raise FileNotFoundError(_lacks(chain, stage))
     if (clip := stages.clip or for_clip) is not None:
         _check_fingerprints(chain, clip, wanted)
@@ -260,7 +282,7 @@ def _lacks(chain: list[Model], stage: str) -> str:
     )
 
 
-def _around(own: list[UpsamplerStage], others: list[UpsamplerStage]) -> list[UpsamplerStage]:
+def _around(own: list[PictureStage], others: list[PictureStage]) -> list[PictureStage]:
     """`own` upsamplers with those of `others` that come before and after them in size."""
     if not own:
         return others
@@ -269,7 +291,7 @@ def _around(own: list[UpsamplerStage], others: list[UpsamplerStage]) -> list[Ups
     return [*before, *own, *after]
 
 
-def input_size(upsampler: UpsamplerStage) -> int:
+def input_size(upsampler: PictureStage) -> int:
     """Side of the pictures an upsampler enlarges, px."""
     return upsampler.image_size // upsampler.config.network.scale
 
@@ -303,7 +325,7 @@ def check_stages(stages: Stages, name: str = "the model") -> None:
             network = prior.config.network
             widths.append(("prior.network.embed_dim", network.embed_dim, *embed))
             widths.append(("prior.network.text_encodings_dim", network.text_encodings_dim, *text))
-        if decoder is not None:
+        if isinstance(decoder, DecoderStage):
             net = decoder.config.network
             widths.append(("decoder.network.image_embed_dim", net.image_embed_dim, *embed))
             widths.append(("decoder.network.text_encodings_dim", net.text_encodings_dim, *text))
@@ -387,6 +409,8 @@ def save_stages(
         for upsampler, name in zip(stages.upsamplers, names["upsamplers"], strict=True):
             upsampler.save(temporary / name, dtype)
         values = {"format": FORMAT, "version": VERSION, "stages": names}
+        if stages.sampling:
+            values["sampling"] = stages.sampling
         if stages.clip is not None:
             values["clip_fingerprint"] = stages.clip.fingerprint()
         _write(temporary / MODEL_NAME, values)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from unclip.clip import FrozenCLIP
+from unclip.glide import GlideStage
 from unclip.priors import DiffusionPrior
-from unclip.stages import DecoderStage, UpsamplerStage
+from unclip.stages import DecoderStage, PictureStage
 
 STAGES = ("clip", "prior", "decoder", "upsamplers")
 
@@ -21,8 +23,11 @@ class Stages:
 
     clip: FrozenCLIP | None = None
     prior: DiffusionPrior | None = None
-    decoder: DecoderStage | None = None
-    upsamplers: list[UpsamplerStage] = field(default_factory=list)
+    decoder: DecoderStage | GlideStage | None = None
+    upsamplers: list[PictureStage] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Options that the model is sampled with unless told otherwise; see
+    `unclip.pipeline.CascadeOptions`."""
 
 
 @dataclass
@@ -32,8 +37,10 @@ class Model:
     path: Path
     clip: Callable[[], FrozenCLIP] | None = None
     prior: Callable[[], DiffusionPrior] | None = None
-    decoder: Callable[[], DecoderStage] | None = None
-    upsamplers: list[Callable[[], UpsamplerStage]] = field(default_factory=list)
+    decoder: Callable[[], DecoderStage | GlideStage] | None = None
+    upsamplers: list[Callable[[], PictureStage]] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What its authors sample it with."""
     base: str | None = None
     """Name of the model that completes this one."""
     clip_fingerprint: str | None = None

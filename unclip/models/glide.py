@@ -53,7 +53,7 @@ class GlideConfig:
     text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
     """What reads the caption."""
     scale: int | None = None
-    """The output's side over that of the small picture an upsampler is shown; None: no upsampler."""
+    """The output's side over the small picture's, for an upsampler; None: no small picture."""
     inpainting: bool = False
     """The network is shown a picture to be kept in part, and which part: 4 channels more."""
     text_drop_prob: float = 0.2

@@ -21,6 +21,7 @@ from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
 from unclip.hub import load_clip_of, load_stages, write_run_model
 from unclip.stages import (
+    Conditions,
     DecoderStage,
     DecoderStageConfig,
     SamplingOptions,
@@ -155,14 +156,16 @@ class DecoderObjective(Objective):
         (clip,) = self.frozen
         images = self.examples["image"].to(clip.device)
         drawn = self.network.sample(
-            clip.encode_image(images),
-            clip.encode_text(self.examples["caption"]),
+            Conditions(
+                image_embed=clip.encode_image(images),
+                text=clip.encode_text(self.examples["caption"]),
+                empty=clip.null_text(self.network.config.network.null_text),
+            ),
             make_generators(0, len(images)),
             SamplingOptions(
                 num_inference_steps=self.preview_config.num_inference_steps,
                 guidance_scale=self.preview_config.guidance_scale,
             ),
-            empty=clip.null_text(self.network.config.network.null_text),
         )
         return torch.cat([resize(images, self.network.image_size), drawn])
 
@@ -215,7 +218,7 @@ class UpsamplerObjective(Objective):
         truth = self.examples["image"].to(next(self.network.parameters()).device)
         low_res = self._low_res(truth)
         drawn = self.network.sample(
-            low_res,
+            Conditions(low_res=low_res),
             make_generators(0, len(truth)),
             SamplingOptions(num_inference_steps=self.preview_config.num_inference_steps),
         )
@@ -256,7 +259,7 @@ def _upsampler_of(name: str, image_size: int) -> UpsamplerStage:
     """The upsampler to `image_size` of a model."""
     upsamplers = load_stages(name, only=["upsamplers"]).upsamplers
     for upsampler in upsamplers:
-        if upsampler.image_size == image_size:
+        if isinstance(upsampler, UpsamplerStage) and upsampler.image_size == image_size:
             return upsampler
     sizes = " and ".join(str(upsampler.image_size) for upsampler in upsamplers) or "none"
     raise ValueError(

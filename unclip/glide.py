@@ -1,0 +1,157 @@
+"""GLIDE's stages (Nichol et al. 2021): a caption straight to 64 px, and from there to 256 px.
+
+They stand in the decoder's and the upsampler's place of the cascade. Each has a text transformer of
+its own, so there is no CLIP and no prior before them.
+
+Shapes: B pictures, N caption tokens, S side of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.checkpoint import save_stage
+from unclip.config import to_dict
+from unclip.diffusion import DiffusionConfig
+from unclip.models import Glide, GlideConfig
+from unclip.stages import Conditions, PictureStage, SamplingOptions, required_low_res
+
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+def _diffusion() -> DiffusionConfig:
+    return DiffusionConfig(
+        prediction_type="eps", variance="learned_range", timestep_spacing="linspace"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlideStageConfig:
+    """GLIDE's network and its diffusion."""
+
+    network: GlideConfig = field(default_factory=GlideConfig)
+    """The U-Net and its text transformer."""
+    diffusion: DiffusionConfig = field(default_factory=_diffusion)
+    """Schedule, target and loss."""
+    tokenizer: str = "openai-community/gpt2"
+    """GPT-2's byte-pair encoding: a repository on the Hub, or a folder with `vocab.json` and
+    `merges.txt`."""
+
+
+class GlideStage(PictureStage):
+    """P(x | y), or P(x | small x, y): pictures from captions alone, small ones made larger with
+    the caption's help, or parts of a picture painted anew."""
+
+    stage = "glide"
+    config_class = GlideStageConfig
+    network_class = Glide
+    config: GlideStageConfig
+    network: Glide
+
+    @property
+    def is_upsampler(self) -> bool:
+        """Whether it enlarges what another stage drew."""
+        return self.config.network.scale is not None
+
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, loaded at the first call.
+
+        Raises:
+            FileNotFoundError: its files are not there and cannot be had.
+        """
+        if not hasattr(self, "_tokenizer"):
+            from transformers import GPT2Tokenizer  # slow to import, and few models need it
+
+            name = self.config.tokenizer
+            try:
+                self._tokenizer = GPT2Tokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"GLIDE's captions need GPT-2's {' and '.join(TOKENIZER_FILES)}, which cannot "
+                    f"be had from {name!r} ({' '.join(str(error).split())[:200]}): put the two "
+                    "files beside GLIDE's"
+                ) from error
+        return self._tokenizer
+
+    def tokenize(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Ids [B, N] and mask [B, N] (True = a token) of B captions in lower case, cut to N; None
+        is no caption: padding alone."""
+        tokenizer, length = self.tokenizer(), self.config.network.text.context_length
+        tokens = torch.full((len(captions), length), tokenizer.eos_token_id)
+        mask = torch.zeros(len(captions), length, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            ids = tokenizer(caption.lower()).input_ids[:length] if caption else []
+            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            mask[row, : len(ids)] = True
+        device = next(self.parameters()).device
+        return tokens.to(device), mask.to(device)
+
+    def sample(
+        self,
+        conditions: Conditions,
+        generators: Sequence[torch.Generator],
+        options: SamplingOptions,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, S, S] from `captions`, and `low_res`, `image` and `repaint` where the
+        network takes them; see `PictureStage.sample`."""
+        if conditions.captions is None:
+            raise ValueError("captions must be given to GLIDE's networks; got None: pass texts")
+        known, size, constrain = self._known(conditions), self.image_size, None
+        if self.is_upsampler:
+            low_res = required_low_res(conditions)
+            # What its own sampler passes on went through a file's 8 bits.
+            known["low_res"] = ((low_res + 1) * 127.5).round() / 127.5 - 1
+            size = low_res.shape[-1] * (self.config.network.scale or 1)
+        if "image" in known:
+            image, keep = known["image"], known["keep"]
+
+            def constrain(x_0: Tensor) -> Tensor:
+                return torch.where(keep, image, x_0)
+
+        tokens, token_mask = self.tokenize(conditions.captions)
+        context = self.network.encode_context(tokens=tokens, token_mask=token_mask, **known)
+        null = None
+        if options.guidance_scale != 1:
+            null = self.network.null_context(tokens=tokens, token_mask=token_mask, **known)
+        return self._denoise(size, context, null, generators, options, x_T, constrain=constrain)
+
+    def _known(self, conditions: Conditions) -> dict[str, Tensor]:
+        """The picture to be kept in part and where it is kept, at this stage's size."""
+        image, repaint, side = conditions.image, conditions.repaint, self.image_size
+        if image is None or repaint is None or not self.config.network.inpainting:
+            return {}
+        if image.shape[-2:] != (side, side):
+            image = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        # A pixel is known only where all of what it covers is.
+        keep = F.adaptive_max_pool2d(repaint.float(), side) == 0
+        return {"image": image, "keep": keep}
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the stage's folder, with its tokenizer if that came from a folder."""
+        config, more = self.config, None
+        if Path(config.tokenizer).is_dir():
+            config = replace(config, tokenizer=TOKENIZER_FOLDER)
+            more = self._save_tokenizer
+        values = {"stage": self.stage, **to_dict(config)}
+        save_stage(folder, values, self.state_dict(), dtype, more)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        (folder / TOKENIZER_FOLDER).mkdir()
+        self.tokenizer().save_vocabulary(str(folder / TOKENIZER_FOLDER))
+
+    @classmethod
+    def load(cls, folder: Path) -> GlideStage:
+        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
+        stage = super().load(folder)
+        if (tokenizer := Path(folder) / TOKENIZER_FOLDER).is_dir():
+            stage.config = replace(stage.config, tokenizer=str(tokenizer))
+        return stage
