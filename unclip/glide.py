@@ -8,13 +8,17 @@ Shapes: B pictures, N caption tokens, S side of the pictures.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 from unclip.checkpoint import save_stage
@@ -25,6 +29,7 @@ from unclip.stages import Conditions, PictureStage, SamplingOptions, required_lo
 
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
+END_TOKEN = "<|endoftext|>"  # what GLIDE pads with
 
 
 def _diffusion() -> DiffusionConfig:
@@ -61,34 +66,32 @@ class GlideStage(PictureStage):
         """Whether it enlarges what another stage drew."""
         return self.config.network.scale is not None
 
-    def tokenizer(self) -> Any:
-        """transformers' tokenizer, loaded at the first call.
+    @cached_property
+    def tokenizer(self) -> ByteLevelBPETokenizer:
+        """GPT-2's; raises FileNotFoundError where its files are not there and cannot be had."""
+        return ByteLevelBPETokenizer(*map(str, self._tokenizer_files()))
 
-        Raises:
-            FileNotFoundError: its files are not there and cannot be had.
-        """
-        if not hasattr(self, "_tokenizer"):
-            from transformers import GPT2Tokenizer  # slow to import, and few models need it
-
-            name = self.config.tokenizer
-            try:
-                self._tokenizer = GPT2Tokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"GLIDE's captions need GPT-2's {' and '.join(TOKENIZER_FILES)}, which cannot "
-                    f"be had from {name!r} ({' '.join(str(error).split())[:200]}): put the two "
-                    "files beside GLIDE's"
-                ) from error
-        return self._tokenizer
+    def _tokenizer_files(self) -> list[Path]:
+        name = self.config.tokenizer
+        try:
+            if Path(name).is_dir():
+                return [Path(name, file).resolve(strict=True) for file in TOKENIZER_FILES]
+            return [Path(hf_hub_download(name, file)) for file in TOKENIZER_FILES]
+        except (OSError, HFValidationError) as error:  # no folder, no network, no repository
+            raise FileNotFoundError(
+                f"GLIDE's captions need GPT-2's {' and '.join(TOKENIZER_FILES)}, which cannot be "
+                f"had from {name!r} ({' '.join(str(error).split())[:200]}): put the two files "
+                "beside GLIDE's"
+            ) from error
 
     def tokenize(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """Ids [B, N] and mask [B, N] (True = a token) of B captions in lower case, cut to N; None
         is no caption: padding alone."""
-        tokenizer, length = self.tokenizer(), self.config.network.text.context_length
-        tokens = torch.full((len(captions), length), tokenizer.eos_token_id)
+        length = self.config.network.text.context_length
+        tokens = torch.full((len(captions), length), self.tokenizer.token_to_id(END_TOKEN))
         mask = torch.zeros(len(captions), length, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            ids = tokenizer(caption.lower()).input_ids[:length] if caption else []
+            ids = self.tokenizer.encode(caption.lower()).ids[:length] if caption else []
             tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             mask[row, : len(ids)] = True
         device = next(self.parameters()).device
@@ -146,7 +149,8 @@ class GlideStage(PictureStage):
 
     def _save_tokenizer(self, folder: Path) -> None:
         (folder / TOKENIZER_FOLDER).mkdir()
-        self.tokenizer().save_vocabulary(str(folder / TOKENIZER_FOLDER))
+        for file in self._tokenizer_files():
+            shutil.copy(file, folder / TOKENIZER_FOLDER)
 
     @classmethod
     def load(cls, folder: Path) -> GlideStage:

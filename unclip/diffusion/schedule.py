@@ -6,6 +6,7 @@ Legend: T training timesteps, N inference steps.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -172,18 +173,22 @@ def sampling_timesteps(config: DiffusionConfig, num_inference_steps: int) -> lis
             f"got {N}: use {min(max(N, 1), T)}"
         )
     if config.timestep_spacing == "fast27" and N == 27:
-        # A section for each fifth of the chain, both ends included.
-        counts, fifth = (10, 10, 3, 2, 2), T // 5
-        visited = [
-            section * fifth + round((fifth - 1) * k / (count - 1))
-            for section, count in enumerate(counts)
-            for k in range(count)
-        ]
+        # A section for each fifth of the chain.
+        fifth = T // 5
+        sections = [_both_ends(fifth, count) for count in (10, 10, 3, 2, 2)]
+        visited = [i * fifth + t for i, section in enumerate(sections) for t in section]
         # DDIM blurs less when it starts a little below the noisiest timestep.
         return [visited[-1] - 2, *reversed(visited[:-1])]
     if config.timestep_spacing != "trailing" and N > 1:
-        return [round((T - 1) * k / (N - 1)) for k in reversed(range(N))]
+        return _both_ends(T, N)[::-1]
     return [round(T * k / N) - 1 for k in range(N, 0, -1)]
+
+
+def _both_ends(length: int, count: int) -> list[int]:
+    """`count` of the numbers below `length`, evenly spaced, 0 and length - 1 among them."""
+    stride = (length - 1) / (count - 1)
+    # Summed as GLIDE and Karlo do: where a place falls between two numbers, rounding decides.
+    return [round(place) for place in itertools.accumulate([0.0] + [stride] * (count - 1))]
 
 
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
