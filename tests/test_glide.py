@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,46 @@ def test_steps_are_glides(schedule: str, respacing: str, sampler: str, theirs: s
     torch.testing.assert_close(torch.stack(trace), known[theirs], atol=2e-3, rtol=0)
 
 
+def oracle_base(folder: Path) -> GlideStage:
+    oracle = recorded("base/sd", ORACLE)
+    torch.save(oracle, folder / "base.pt")
+    return glide_format.read_network(folder / "base.pt", image_size=64, head_dim=32)
+
+
+@needs_oracle
+def test_posterior_step_is_the_oracles() -> None:
+    known = recorded("posterior", ORACLE)
+    config = replace(diffusion("squaredcos_cap_v2"), prediction_type="x_0", variance="fixed_small")
+    scheduler = make_scheduler(config, "ddpm", sampling_timesteps(config, 8))
+    for row, index in enumerate(known["idx"].tolist()):
+        x_t, x_0 = known["x"][row], known["pred_xstart"][row]
+        step = scheduler.step(x_0, index, x_t, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+        mean = step.prev_sample - scheduler._get_variance(index) ** 0.5 * noise
+        torch.testing.assert_close(mean, known["mean"][row], atol=2e-5, rtol=0)
+
+
+@needs_oracle
+def test_a_guided_ddim_run_is_the_oracles(tmp_path: Path) -> None:
+    stage, known = oracle_base(tmp_path), recorded("loop/ddim", ORACLE)
+    caption = {"tokens": known["tokens"][:1].long(), "token_mask": known["mask"][:1].bool()}
+    with torch.no_grad():
+        drawn = sample(
+            stage.network,
+            stage.config.diffusion,
+            (1, 3, 64, 64),
+            context=stage.network.encode_context(**caption),
+            null_context=stage.network.null_context(**caption),
+            guidance_scale=3.0,
+            sampler="ddim",
+            num_inference_steps=8,
+            generators=[torch.Generator()],
+            x_T=known["tape"][0, :1],
+        )
+    # Rounding grows over the eight guided steps of a random network.
+    torch.testing.assert_close(drawn, known["sample"], atol=2e-3, rtol=0)
+
+
 # --------------------------------------------------------------------------------------- text
 
 
@@ -239,6 +280,16 @@ def test_tokens_are_glides(vocabulary: Path) -> None:
     assert torch.equal(tokens, known["tokens"])
     assert torch.equal(mask, known["mask"])
     assert not stage.tokenize([None])[1].any()
+
+
+@needs_oracle
+def test_tokens_are_the_oracles(vocabulary: Path) -> None:
+    known = recorded("tokenizer", ORACLE)
+    config = tiny(vocab_size=10, context_length=128)
+    stage = GlideStage(GlideStageConfig(network=config.network, tokenizer=str(vocabulary)))
+    tokens, mask = stage.tokenize([*CAPTIONS[:2], ""])
+    assert torch.equal(tokens, known["tokens"].long())
+    assert torch.equal(mask, known["mask"].bool())
 
 
 def test_missing_vocabulary_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
