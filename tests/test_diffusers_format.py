@@ -562,7 +562,12 @@ def test_missing_extra_and_misshapen_tensors_are_named(karlo: Path, tmp_path: Pa
         tensors["conv_out.bias"] = torch.zeros(4)
 
     for part, stage, change, message in (
-        ("prior", "prior", lose, r"lacks blocks.0.proj.bias, .* and \d+ more: it is not whole"),
+        (
+            "prior",
+            "prior",
+            lose,
+            r"lacks blocks.0.proj.bias, .* and \d+ more of .*: it is not whole",
+        ),
         ("decoder", "decoder", gain, "has no place for controlnet.weight"),
         ("decoder", "decoder", bend, r"unet.conv_out.bias \[4\] for \[6\]"),
     ):

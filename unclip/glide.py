@@ -153,9 +153,10 @@ class GlideStage(PictureStage):
             shutil.copy(file, folder / TOKENIZER_FOLDER)
 
     @classmethod
-    def load(cls, folder: Path) -> GlideStage:
-        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
-        stage = super().load(folder)
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> GlideStage:
+        """Read a stage's folder, its weights in `dtype`; raises FileNotFoundError or ValueError
+        with what is wrong."""
+        stage = super().load(folder, dtype)
         if (tokenizer := Path(folder) / TOKENIZER_FOLDER).is_dir():
             stage.config = replace(stage.config, tokenizer=str(tokenizer))
         return stage

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.checkpoint import fill, load_stage, save_stage
+from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig, Network, sample, sampling_timesteps
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
@@ -164,10 +164,11 @@ class PictureStage(nn.Module):
         save_stage(folder, {"stage": self.stage, **to_dict(self.config)}, self.state_dict(), dtype)
 
     @classmethod
-    def load(cls: type[Stage], folder: Path) -> Stage:
-        """Read a stage's folder; raises FileNotFoundError or ValueError with what is wrong."""
-        config, tensors = load_stage(folder, cls.stage)
-        stage = cls(from_dict(cls.config_class, config))
+    def load(cls: type[Stage], folder: Path, dtype: torch.dtype = torch.float32) -> Stage:
+        """Read a stage's folder, its weights in `dtype`; raises FileNotFoundError or ValueError
+        with what is wrong."""
+        config, tensors = load_stage(folder, cls.stage, dtype)
+        stage = unfilled(lambda: cls(from_dict(cls.config_class, config)))
         fill(stage, tensors, folder)
         return stage.eval()
 

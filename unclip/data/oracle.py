@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.checkpoint import fill, load_stage, save_stage
+from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
 from unclip.data.shapes import COLOURS, RADII, SHAPES
 
@@ -214,6 +214,6 @@ class Oracle(nn.Module):
     def load(cls, folder: Path = SHIPPED) -> Oracle:
         """Read an oracle's folder; raises FileNotFoundError or ValueError with what is wrong."""
         config, tensors = load_stage(folder, cls.stage)
-        oracle = cls(from_dict(OracleConfig, config))
+        oracle = unfilled(lambda: cls(from_dict(OracleConfig, config)))
         fill(oracle, tensors, folder)
         return oracle.eval()

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from unclip.checkpoint import cast, fill, unfilled
 from unclip.config import from_dict
 from unclip.diffusion import DiffusionConfig, make_scheduler
 from unclip.diffusion.schedule import BetaSchedule
@@ -41,7 +42,9 @@ def is_checkpoint(path: Path) -> bool:
     return any(file.suffix in WEIGHTS_SUFFIXES for file in files)
 
 
-def load_dalle2_pytorch_prior(path: str | Path, *, version: str | None = None) -> DiffusionPrior:
+def load_dalle2_pytorch_prior(
+    path: str | Path, dtype: torch.dtype = torch.float32, *, version: str | None = None
+) -> DiffusionPrior:
     """Read a prior from a checkpoint of DALLE2-pytorch 0.11 to 0.15 and 0.23.3 to 1.15.
 
     Sampling it with `sampler="ddpm"` and as many steps as training had is the original's own
@@ -55,6 +58,7 @@ def load_dalle2_pytorch_prior(path: str | Path, *, version: str | None = None) -
             without it, what the weights do not tell is as DALLE2-pytorch has it by default: x_0
             is predicted, embeddings are scaled by sqrt(dim), samples keep their length. The
             weights' moving average is taken where there is one.
+        dtype: of the network's weights.
         version: DALLE2-pytorch's, such as `1.0.2`, for a file that does not say. Weights that fit
             several versions mean something else in each.
 
@@ -81,10 +85,11 @@ def load_dalle2_pytorch_prior(path: str | Path, *, version: str | None = None) -
             "unit_norm": source.flag("sampling_final_clamp_l2norm") and source.predicts_x_start,
         },
     )
-    prior = DiffusionPrior(config)
-    prior.network.load_state_dict(_renamed(source, prior))
-    prior.mean.zero_()
-    prior.std.fill_(1 / source.embed_scale)
+    prior = unfilled(lambda: DiffusionPrior(config))
+    renamed = {k: cast(k, v, dtype) for k, v in _renamed(source, prior).items()}
+    fill(prior.network, renamed, weights)
+    mean = torch.zeros(config.network.embed_dim)
+    prior.set_statistics(mean, torch.full_like(mean, 1 / source.embed_scale))
     return prior.eval()
 
 
@@ -167,7 +172,7 @@ def _state(payload: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} holds no diffusion prior of DALLE2-pytorch, whose weights start with 'net.'; "
             f"it starts with {names}: pass another file"
         )
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return tensors
 
 
 def _release(payload: Mapping[str, Any], version: str | None, path: Path) -> Release | None:

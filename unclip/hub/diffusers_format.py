@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from unclip.checkpoint import load_weights, save_weights, written_whole
+from unclip.checkpoint import fill, load_weights, save_weights, unfilled, written_whole
 from unclip.clip import HuggingFaceCLIP, load_clip
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig
 from unclip.glide import GlideStage
 from unclip.hub import trunk
-from unclip.hub.model import Model, Stages, fill_exactly
+from unclip.hub.model import Model, Stages
 from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
 from unclip.stages import DecoderStage, DecoderStageConfig, UpsamplerStage, UpsamplerStageConfig
@@ -54,15 +55,15 @@ def read(folder: Path) -> Model:
         )
     model = Model(folder, clip=lambda: load_clip(str(folder)))
     if (folder / "prior").is_dir():
-        model.prior = lambda: read_prior(folder)
+        model.prior = partial(read_prior, folder)
     if (folder / "decoder").is_dir():
-        model.decoder = lambda: read_decoder(folder)
+        model.decoder = partial(read_decoder, folder)
     if (folder / "super_res_first").is_dir():
-        model.upsamplers = [lambda: read_upsampler(folder)]
+        model.upsamplers = [partial(read_upsampler, folder)]
     return model
 
 
-def read_prior(folder: Path) -> DiffusionPrior:
+def read_prior(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPrior:
     """The prior of a pipeline's folder; raises ValueError where its statistics are unset."""
     config = _config(folder / "prior")
     _expect(
@@ -92,8 +93,9 @@ def read_prior(folder: Path) -> DiffusionPrior:
     )
     diffusion = _diffusion(folder / "prior_scheduler", folder / "scheduler")
     stage_config = DiffusionPriorConfig(network=network, diffusion=diffusion, unit_norm=False)
-    prior = DiffusionPrior(_noted(config, stage_config))
-    tensors = _weights(folder / "prior")
+    stage_config = _noted(config, stage_config)
+    prior = unfilled(lambda: DiffusionPrior(stage_config))
+    tensors = _weights(folder / "prior", dtype, keep=("clip_mean", "clip_std"))
     mean, std = tensors.pop("clip_mean", None), tensors.pop("clip_std", None)
     if mean is None or std is None or not bool((std != 0).all()):
         raise ValueError(
@@ -101,13 +103,12 @@ def read_prior(folder: Path) -> DiffusionPrior:
             "embedding would collapse to one. Set them from the embeddings the prior was trained on"
         )
     ours = prior_from_diffusers(tensors, network)
-    fill_exactly(prior.network, ours, tensors, folder / "prior")
-    prior.mean.copy_(mean.flatten())
-    prior.std.copy_(std.flatten())
+    fill(prior.network, ours, folder / "prior", tensors)
+    prior.set_statistics(mean, std)
     return prior.eval()
 
 
-def read_decoder(folder: Path) -> DecoderStage:
+def read_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> DecoderStage:
     """The decoder of a pipeline's folder, its text projection included."""
     config, projection = _config(folder / "decoder"), _config(folder / "text_proj")
     _expect(
@@ -133,22 +134,19 @@ def read_decoder(folder: Path) -> DecoderStage:
         null_text="empty_prompt",
         learned_variance=config["out_channels"] == 6,
     )
-    stage = DecoderStage(
-        _noted(
-            config,
-            DecoderStageConfig(network=network, diffusion=_diffusion(folder / "decoder_scheduler")),
-        )
-    )
-    unet, extra = _weights(folder / "decoder"), _weights(folder / "text_proj")
+    diffusion = _diffusion(folder / "decoder_scheduler")
+    stage_config = _noted(config, DecoderStageConfig(network=network, diffusion=diffusion))
+    stage = unfilled(lambda: DecoderStage(stage_config))
+    unet, extra = _weights(folder / "decoder", dtype), _weights(folder / "text_proj", dtype)
     ours = {f"unet.{k}": v for k, v in trunk.from_diffusers(unet, network.unet).items()}
     ours |= trunk.take(extra, _TEXT_PROJECTION)
     if (null := extra.pop("learned_classifier_free_guidance_embeddings", None)) is not None:
         ours["null_image_embed"] = null
-    fill_exactly(stage.network, ours, {**unet, **extra}, folder / "decoder")
+    fill(stage.network, ours, folder / "decoder", {**unet, **extra})
     return stage.eval()
 
 
-def read_upsampler(folder: Path) -> UpsamplerStage:
+def read_upsampler(folder: Path, dtype: torch.dtype = torch.float32) -> UpsamplerStage:
     """The two super-resolution networks of a pipeline's folder as one upsampler."""
     config = _config(folder / "super_res_first")
     _expect(folder / "super_res_first", config, flip_sin_to_cos=True, freq_shift=0, act_fn="silu")
@@ -156,23 +154,22 @@ def read_upsampler(folder: Path) -> UpsamplerStage:
     network = UpsamplerConfig(
         unet=_unet(folder / "super_res_first", config), scale=config["sample_size"] // low
     )
-    stage = UpsamplerStage(
-        _noted(
-            config,
-            UpsamplerStageConfig(
-                network=network,
-                final_network=(folder / "super_res_last").is_dir(),
-                diffusion=_diffusion(folder / "super_res_scheduler"),
-            ),
-        )
+    stage_config = _noted(
+        config,
+        UpsamplerStageConfig(
+            network=network,
+            final_network=(folder / "super_res_last").is_dir(),
+            diffusion=_diffusion(folder / "super_res_scheduler"),
+        ),
     )
+    stage = unfilled(lambda: UpsamplerStage(stage_config))
     parts = {"super_res_first": stage.network, "super_res_last": stage.final_network}
     for name, part in parts.items():
         if part is not None:
-            theirs = _weights(folder / name)
+            theirs = _weights(folder / name, dtype)
             ours = trunk.from_diffusers(theirs, network.unet)
             ours = {f"unet.{k}": v for k, v in ours.items()}
-            fill_exactly(part, ours, theirs, folder / name)
+            fill(part, ours, folder / name, theirs)
     return stage.eval()
 
 
@@ -258,15 +255,17 @@ def _expect(folder: Path, config: Mapping[str, Any], **values: Any) -> None:
             )
 
 
-def _weights(folder: Path) -> trunk.Tensors:
+def _weights(
+    folder: Path, dtype: torch.dtype | None = None, keep: Collection[str] = ()
+) -> trunk.Tensors:
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
         shards = sorted(set(_json(index)["weight_map"].values()))
-        parts = [load_weights(folder / shard) for shard in shards]
+        parts = [load_weights(folder / shard, dtype, keep) for shard in shards]
         return {name: tensor for part in parts for name, tensor in part.items()}
     half = folder / WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
     whole = folder / WEIGHTS_NAME
-    return load_weights(half if half.is_file() and not whole.is_file() else whole)
+    return load_weights(half if half.is_file() and not whole.is_file() else whole, dtype, keep)
 
 
 # ------------------------------------------------------------------------------------ writing

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
 from unclip.glide import GlideStage
 from unclip.hub import dalle2_pytorch, diffusers_format, glide, karlo
 from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
-from unclip.hub.model import STAGES, Model, Stages
+from unclip.hub.model import STAGES, Model, Reader, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, PictureStage, UpsamplerStage
@@ -63,7 +64,7 @@ def read_model(name: str | Path) -> Model:
     if glide.is_checkpoint(folder):
         return glide.read(folder)
     if dalle2_pytorch.is_checkpoint(folder):
-        return Model(folder, prior=lambda: load_dalle2_pytorch_prior(folder))
+        return Model(folder, prior=partial(load_dalle2_pytorch_prior, folder))
     kind = _stage_kind(folder)
     found = {kind: "."} if kind else {k: k for k in KINDS if _stage_kind(folder / k) is not None}
     if not found:
@@ -138,8 +139,8 @@ def _check_known(path: Path, prefix: str, values: Mapping[str, Any], keys: Colle
 def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
     stages = values["stages"]
 
-    def reader(stage: str, value: str, read: Callable[[Path], Stage]) -> Callable[[], Stage]:
-        return lambda: read(_there(folder, stage, folder / value))
+    def reader(stage: str, value: str, read: Callable[[Path, torch.dtype], Stage]) -> Reader[Stage]:
+        return lambda dtype=torch.float32: read(_there(folder, stage, folder / value), dtype)
 
     def there_or_named(value: str) -> str:
         """A folder seen from this one, else a name as it stands."""
@@ -164,14 +165,14 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
     return model
 
 
-def _read_decoder(folder: Path) -> DecoderStage | GlideStage:
+def _read_decoder(folder: Path, dtype: torch.dtype) -> DecoderStage | GlideStage:
     is_glide = _stage_kind(folder) == GlideStage.stage
-    return GlideStage.load(folder) if is_glide else DecoderStage.load(folder)
+    return GlideStage.load(folder, dtype) if is_glide else DecoderStage.load(folder, dtype)
 
 
-def _read_upsampler(folder: Path) -> PictureStage:
+def _read_upsampler(folder: Path, dtype: torch.dtype) -> PictureStage:
     is_glide = _stage_kind(folder) == GlideStage.stage
-    return GlideStage.load(folder) if is_glide else UpsamplerStage.load(folder)
+    return GlideStage.load(folder, dtype) if is_glide else UpsamplerStage.load(folder, dtype)
 
 
 def _there(model: Path, stage: str, folder: Path) -> Path:
@@ -200,7 +201,7 @@ def load_stages(
 
     Args:
         name: a shipped name, a folder, or `org/name[@revision]` on the Hub.
-        device: where to put it.
+        device: where to put it, each stage as soon as it is read.
         dtype: of the prior's, the decoder's and the upsamplers' networks; None leaves them fp32.
             CLIP and the prior's statistics always stay fp32.
         only: which of `clip`, `prior`, `decoder`, `upsamplers` to load; None loads all.
@@ -215,17 +216,18 @@ def load_stages(
     if unknown := wanted - set(STAGES):
         raise ValueError(f"only must name stages among {', '.join(STAGES)}; got {sorted(unknown)}")
     chain = _with_bases(name, wanted)
+    dtype = dtype or torch.float32
     stages = Stages()
     for model in chain:
         stages.sampling = stages.sampling or model.sampling
         if "clip" in wanted and stages.clip is None and model.clip is not None:
-            stages.clip = model.clip()
+            stages.clip = model.clip().to(device)
         if "prior" in wanted and stages.prior is None and model.prior is not None:
-            stages.prior = model.prior()
+            stages.prior = model.prior(dtype).to(device)
         if "decoder" in wanted and stages.decoder is None and model.decoder is not None:
-            stages.decoder = model.decoder()
+            stages.decoder = model.decoder(dtype).to(device)
         if "upsamplers" in wanted:
-            others = [read() for read in model.upsamplers]
+            others = [read(dtype).to(device) for read in model.upsamplers]
             stages.upsamplers = _around(stages.upsamplers, others)
     reads_captions = isinstance(stages.decoder, GlideStage)
     for stage in ("clip", "prior", "decoder"):
@@ -235,12 +237,6 @@ def load_stages(
     if (clip := stages.clip or for_clip) is not None:
         _check_fingerprints(chain, clip, wanted)
     check_stages(stages, str(name))
-    for part in (stages.prior, stages.decoder, *stages.upsamplers):
-        if part is not None:
-            part.to(device)
-            part.network.to(dtype or torch.float32)
-    if stages.clip is not None:
-        stages.clip.to(device)
     return stages
 
 

@@ -7,15 +7,17 @@ pictures of 64 px, and of 256 px from an upsampler.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
+from unclip.checkpoint import cast, fill, unfilled
 from unclip.diffusion import DiffusionConfig
 from unclip.glide import TOKENIZER_FILES, GlideStage, GlideStageConfig
 from unclip.hub import trunk
-from unclip.hub.model import Model, fill_exactly
+from unclip.hub.model import Model
 from unclip.hub.pickles import load_pickle
 from unclip.models import GlideConfig, TextTransformerConfig
 
@@ -79,35 +81,36 @@ def read(path: Path) -> Model:
     for inpainting in ("", "inpainting "):
         base, upsampler = files.get(f"{inpainting}base"), files.get(f"{inpainting}upsampler")
         if base is not None and model.decoder is None:
-            model.decoder = _reader(base)
+            model.decoder = partial(read_network, base)
         if upsampler is not None and not model.upsamplers:
-            model.upsamplers = [_reader(upsampler)]
+            model.upsamplers = [partial(read_network, upsampler)]
     return model
 
 
-def _reader(path: Path) -> Any:
-    return lambda: read_network(path)
-
-
 def read_network(
-    path: Path, *, image_size: int | None = None, head_dim: int = HEAD_DIM
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    image_size: int | None = None,
+    head_dim: int = HEAD_DIM,
 ) -> GlideStage:
     """One of GLIDE's networks.
 
     Args:
         path: the file.
+        dtype: of its weights.
         image_size: side of its pictures, px; None: of the published ones.
         head_dim: width of attention's heads.
 
     Raises:
         ValueError: the file does not hold such a network, whole.
     """
-    weights = {k: v for k, v in load_pickle(path).items() if isinstance(v, Tensor)}
     kind = _kind(path)
     if kind is None:
         raise ValueError(
             f"{path} must hold one of GLIDE's networks; got other weights: pass another file"
         )
+    weights = {k: cast(k, v, dtype) for k, v in load_pickle(path).items() if isinstance(v, Tensor)}
     is_upsampler = kind.endswith("upsampler")
     size = image_size or (UPSAMPLER_SIZE if is_upsampler else BASE_SIZE)
     vocab_size, width = weights["token_embedding.weight"].shape
@@ -133,8 +136,8 @@ def read_network(
     config = GlideStageConfig(network=network, diffusion=diffusion)
     if all((path.parent / name).is_file() for name in TOKENIZER_FILES):
         config = GlideStageConfig(network=network, diffusion=diffusion, tokenizer=str(path.parent))
-    stage = GlideStage(config)
-    fill_exactly(stage.network, from_glide(weights, network), weights, path)
+    stage = unfilled(lambda: GlideStage(config))
+    fill(stage.network, from_glide(weights, network), path, weights)
     return stage.eval()
 
 

@@ -7,14 +7,17 @@ pictures of 64 and 256 px. Its CLIP is OpenAI's ViT-L/14, whose embeddings it ta
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from unclip.checkpoint import cast, fill, unfilled
 from unclip.clip import FrozenCLIP, load_clip
 from unclip.diffusion import DiffusionConfig
 from unclip.hub import trunk
-from unclip.hub.model import Model, fill_exactly
+from unclip.hub.model import Model
 from unclip.hub.pickles import load_pickle
 from unclip.models import DecoderConfig, PriorTransformerConfig, UpsamplerConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
@@ -52,11 +55,11 @@ def read(folder: Path) -> Model:
         files[kind] = path
     model = Model(folder, clip=_clip)
     if "prior" in files:
-        model.prior = lambda: read_prior(files["prior"])
+        model.prior = partial(read_prior, files["prior"])
     if "decoder" in files:
-        model.decoder = lambda: read_decoder(files["decoder"])
+        model.decoder = partial(read_decoder, files["decoder"])
     if "upsampler" in files:
-        model.upsamplers = [lambda: read_upsampler(files["upsampler"])]
+        model.upsamplers = [partial(read_upsampler, files["upsampler"])]
     return model
 
 
@@ -66,10 +69,10 @@ def _clip() -> FrozenCLIP:
     return clip
 
 
-def _state_dict(path: Path) -> trunk.Tensors:
+def _state_dict(path: Path, dtype: torch.dtype | None = None) -> trunk.Tensors:
     values = load_pickle(path)
     weights = values.get("state_dict", values) if isinstance(values, dict) else {}
-    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    return {k: cast(k, v, dtype) for k, v in weights.items() if isinstance(v, Tensor)}
 
 
 def _kind(weights: trunk.Tensors) -> str | None:
@@ -88,7 +91,7 @@ def _under(weights: trunk.Tensors, prefix: str) -> trunk.Tensors:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def read_prior(path: Path) -> DiffusionPrior:
+def read_prior(path: Path, dtype: torch.dtype = torch.float32) -> DiffusionPrior:
     """The prior, with the statistics from the `*stats.th` beside it."""
     stats = sorted(path.parent.glob("*stats*.th"))
     if len(stats) != 1:
@@ -96,7 +99,7 @@ def read_prior(path: Path) -> DiffusionPrior:
             f"{path} needs the statistics of its embeddings beside it, in one *stats.th file; got "
             f"{len(stats)}: copy Karlo's ViT-L-14_stats.th there, or every embedding is wrong"
         )
-    weights = _under(_state_dict(path), "model.")
+    weights = _under(_state_dict(path, dtype), "model.")
     width = weights["prd_emb"].shape[-1]
     network = PriorTransformerConfig(
         embed_dim=weights["out_proj.weight"].shape[0],
@@ -110,11 +113,9 @@ def read_prior(path: Path) -> DiffusionPrior:
     )
     diffusion = DiffusionConfig(prediction_type="x_0", clip_range=10.0, timestep_spacing="linspace")
     config = DiffusionPriorConfig(network=network, diffusion=diffusion, unit_norm=False)
-    prior = DiffusionPrior(config)
-    fill_exactly(prior.network, prior_from_karlo(weights, network.depth), weights, path)
-    mean, std = load_pickle(stats[0])
-    prior.mean.copy_(mean.flatten())
-    prior.std.copy_(std.flatten())
+    prior = unfilled(lambda: DiffusionPrior(config))
+    fill(prior.network, prior_from_karlo(weights, network.depth), path, weights)
+    prior.set_statistics(*load_pickle(stats[0]))
     return prior.eval()
 
 
@@ -136,9 +137,9 @@ def prior_from_karlo(theirs: trunk.Tensors, depth: int) -> trunk.Tensors:
     return weights
 
 
-def read_decoder(path: Path) -> DecoderStage:
+def read_decoder(path: Path, dtype: torch.dtype = torch.float32) -> DecoderStage:
     """The decoder."""
-    weights = _under(_state_dict(path), "model.")
+    weights = _under(_state_dict(path, dtype), "model.")
     context_dim, embed_dim = weights["text_seq_proj.0.weight"].shape
     network = DecoderConfig(
         unet=trunk.config_of(
@@ -157,7 +158,8 @@ def read_decoder(path: Path) -> DecoderStage:
     diffusion = DiffusionConfig(
         prediction_type="eps", variance="learned_range", timestep_spacing="linspace"
     )
-    stage = DecoderStage(DecoderStageConfig(network=network, diffusion=diffusion))
+    config = DecoderStageConfig(network=network, diffusion=diffusion)
+    stage = unfilled(lambda: DecoderStage(config))
     ours = {f"unet.{k}": v for k, v in trunk.from_adm(weights, network.unet).items()}
     names = [
         ("image_to_emb", "clip_emb"),
@@ -168,13 +170,13 @@ def read_decoder(path: Path) -> DecoderStage:
     ]
     ours |= trunk.take(weights, names)
     ours["null_image_embed"] = weights.pop("cf_param")
-    fill_exactly(stage.network, ours, weights, path)
+    fill(stage.network, ours, path, weights)
     return stage.eval()
 
 
-def read_upsampler(path: Path) -> UpsamplerStage:
+def read_upsampler(path: Path, dtype: torch.dtype = torch.float32) -> UpsamplerStage:
     """Both super-resolution networks as one upsampler."""
-    weights = _state_dict(path)
+    weights = _state_dict(path, dtype)
     parts = [_under(weights, f"model_{steps}.") for steps in ("first_steps", "last_step")]
     unet = trunk.config_of(parts[0], path, UPSAMPLER_SIZE, HEAD_DIM, scale_shift=False)
     network = UpsamplerConfig(unet=unet, scale=UPSAMPLER_SIZE // DECODER_SIZE)
@@ -182,9 +184,9 @@ def read_upsampler(path: Path) -> UpsamplerStage:
     config = UpsamplerStageConfig(
         network=network, final_network=bool(parts[1]), diffusion=diffusion
     )
-    stage = UpsamplerStage(config)
+    stage = unfilled(lambda: UpsamplerStage(config))
     for part, theirs in zip((stage.network, stage.final_network), parts, strict=True):
         if part is not None:
             ours = {f"unet.{k}": v for k, v in trunk.from_adm(theirs, unet).items()}
-            fill_exactly(part, ours, theirs, path)
+            fill(part, ours, path, theirs)
     return stage.eval()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+import torch
 
 from unclip.clip import FrozenCLIP
 from unclip.glide import GlideStage
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, PictureStage
 
+Part = TypeVar("Part", covariant=True)
 STAGES = ("clip", "prior", "decoder", "upsamplers")
+
+
+class Reader(Protocol[Part]):
+    """Reads a stage."""
+
+    def __call__(self, dtype: torch.dtype = ...) -> Part:
+        """The stage, its networks' weights in `dtype`; fp32 if left out."""
 
 
 @dataclass
@@ -32,49 +40,17 @@ class Stages:
 
 @dataclass
 class Model:
-    """What a model's folder holds, of whatever format; each stage is read when it is called for."""
+    """What a model's folder holds, of whatever format; each stage is read when it is called for,
+    its networks in the dtype that the reader is given."""
 
     path: Path
     clip: Callable[[], FrozenCLIP] | None = None
-    prior: Callable[[], DiffusionPrior] | None = None
-    decoder: Callable[[], DecoderStage | GlideStage] | None = None
-    upsamplers: list[Callable[[], PictureStage]] = field(default_factory=list)
+    prior: Reader[DiffusionPrior] | None = None
+    decoder: Reader[DecoderStage | GlideStage] | None = None
+    upsamplers: list[Reader[PictureStage]] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     """What its authors sample it with."""
     base: str | None = None
     """Name of the model that completes this one."""
     clip_fingerprint: str | None = None
     """Of the CLIP that the stages were trained on."""
-
-
-def fill_exactly(
-    network: nn.Module, ours: Mapping[str, Tensor], left: Collection[str], source: Path
-) -> None:
-    """Load converted weights into a network; nothing may be missing, left over or misshapen.
-
-    Args:
-        network: what to fill.
-        ours: the weights under our names.
-        left: names in the checkpoint that the conversion has not understood.
-        source: where they came from, for the error.
-
-    Raises:
-        ValueError: naming the first five tensors and the likely cause.
-    """
-    wanted = network.state_dict()
-    missing = sorted(set(wanted) - set(ours))
-    extra = sorted({*left, *(set(ours) - set(wanted))})
-    shapes = [
-        f"{name} {list(ours[name].shape)} for {list(wanted[name].shape)}"
-        for name in wanted
-        if name in ours and ours[name].shape != wanted[name].shape
-    ]
-    for fault, names, cause in (
-        ("lacks", missing, "it is not whole, or its config is another model's"),
-        ("has no place for", extra, "its config is another model's"),
-        ("has other shapes than its config says:", shapes, "its config is another model's"),
-    ):
-        if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-            raise ValueError(f"{source} {fault} {listed}: {cause}; copy or download it again")
-    network.load_state_dict(dict(ours))

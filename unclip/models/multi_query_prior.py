@@ -255,7 +255,9 @@ class MultiQueryPrior(nn.Module):
         self.num_prefix_tokens = c.max_text_len + c.num_text_embed_tokens
         num_tokens = self.num_prefix_tokens + c.num_time_tokens + c.num_image_embed_tokens
         num_tokens += 1 + c.self_conditioning
-        self.register_buffer("relative_positions", _buckets(num_tokens), persistent=False)
+        with torch.device("cpu"):  # no checkpoint has it: it is needed even where weights are not
+            buckets = _buckets(num_tokens)
+        self.register_buffer("relative_positions", buckets, persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

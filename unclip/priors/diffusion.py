@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.checkpoint import fill, load_stage, save_stage
+from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig, Network, sample
 from unclip.models import (
@@ -67,6 +67,8 @@ class MultiQueryDiffusionPriorConfig:
 
 
 # One class of a prior for each network; `kind` names it in a checkpoint.
+STATISTICS = ("mean", "std")
+"""Buffers that are fp32 whatever the network computes in."""
 CONFIG_KINDS = {
     "diffusion": DiffusionPriorConfig,
     "multi_query_diffusion": MultiQueryDiffusionPriorConfig,
@@ -110,8 +112,12 @@ class DiffusionPrior(nn.Module):
                 "use a few thousand"
             )
         mean = image_embed.mean(0)
-        self.mean.copy_(mean)
-        self.std.copy_((image_embed - mean).square().mean().sqrt().expand_as(mean))
+        self.set_statistics(mean, (image_embed - mean).square().mean().sqrt().expand_as(mean))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and std, [D] or one row of D."""
+        device = next(self.network.parameters()).device
+        self.mean, self.std = (x.detach().flatten().float().to(device) for x in (mean, std))
 
     def _require_statistics(self) -> None:
         if not (torch.isfinite(self.mean).all() and (self.std > 0).all()):
@@ -236,16 +242,17 @@ class DiffusionPrior(nn.Module):
         save_stage(folder, config, self.state_dict(), dtype)
 
     @classmethod
-    def load(cls, folder: Path) -> DiffusionPrior:
-        """Read a stage's folder; raises ValueError where it does not fit or lacks statistics."""
-        config, tensors = load_stage(folder, cls.stage)
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPrior:
+        """Read a stage's folder, its network in `dtype`; raises ValueError where it does not fit or
+        lacks statistics."""
+        config, tensors = load_stage(folder, cls.stage, dtype, keep=STATISTICS)
         kind = config.pop("kind", None)
         if kind not in CONFIG_KINDS:
             raise ValueError(
                 f"{folder} holds a prior of kind {kind!r}; this class reads "
                 f"{' and '.join(map(repr, CONFIG_KINDS))}"
             )
-        prior = cls(from_dict(CONFIG_KINDS[kind], config))
+        prior = unfilled(lambda: cls(from_dict(CONFIG_KINDS[kind], config)))
         fill(prior, tensors, folder)
         prior._require_statistics()
         return prior.eval()
