@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--num-images", type=int, metavar="N", help="for each prompt (default: 1)")
     what.add_argument("--seed", type=int, metavar="N", help="of the first picture (default: 0)")
     what.add_argument("--from-png", type=Path, metavar="FILE", help="draw this picture again")
-    how = parser.add_argument_group("how to draw it")
+    how = parser.add_argument_group("how to draw it (other models may have other defaults)")
     for flags, dest, kind, text in OPTIONS:
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
         how.add_argument(*flags, dest=dest, type=kind, metavar=metavar, help=text)
@@ -78,6 +78,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         model.add_argument(f"--{stage}", metavar="MODEL", help=f"take the {stage} of another one")
     model.add_argument("--device", help="default: cuda where there is one, then mps, then cpu")
     model.add_argument("--dtype", choices=DTYPES, help="default: float32")
+    model.add_argument("--offload", action="store_true", help="idle stages wait on the CPU")
     model.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder (default: outputs)"
     )
@@ -123,7 +124,7 @@ def draw(args: argparse.Namespace) -> None:
     options = {name: value for name, value in options.items() if value is not None}
 
     check(prompts, options)  # before the model is loaded, not after
-    unclip, settings["device"] = load(settings)
+    unclip, settings["device"] = load(settings, args.offload)
     output = unclip(
         prompts,
         num_images=num_images,
@@ -161,7 +162,7 @@ def repeat(args: argparse.Namespace) -> None:
     made_by = read_metadata(args.from_png)
     settings = {flag: getattr(args, flag) or made_by.get(flag) for flag in MODEL_FLAGS}
     batch, index = made_by["batch"], made_by["index"]
-    unclip, settings["device"] = load(settings)
+    unclip, settings["device"] = load(settings, args.offload)
     output = unclip(
         batch["prompts"], seed=batch["seeds"], batch_size=BATCH_SIZE, **made_by["options"]
     )
@@ -180,7 +181,7 @@ def repeat(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- the model
 
 
-def load(settings: dict[str, Any]) -> tuple[UnCLIP, str]:
+def load(settings: dict[str, Any], offload: bool) -> tuple[UnCLIP, str]:
     """The model that the settings name, and the device it is on."""
     start = time.perf_counter()
     import torch
@@ -202,6 +203,7 @@ def load(settings: dict[str, Any]) -> tuple[UnCLIP, str]:
         **{stage: settings[stage] for stage in ("prior", "decoder", "upsampler")},
         device=device,
         dtype=getattr(torch, settings["dtype"]),
+        offload=offload,
     )
     print(f"{settings['model']} loaded on {device} in {time.perf_counter() - start:.1f} s")
     return unclip, device

@@ -9,6 +9,7 @@ import torch
 from conftest import full_disk
 from torch import nn
 
+from unclip import checkpoint
 from unclip.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -16,6 +17,7 @@ from unclip.checkpoint import (
     load_stage,
     load_weights,
     save_stage,
+    unfilled,
     written_whole,
 )
 
@@ -41,6 +43,36 @@ def test_half_precision_is_for_floats_alone_and_comes_back_as_fp32(tmp_path: Pat
     stored = load_weights(tmp_path / "half" / WEIGHTS_NAME)
     assert (stored["x"].dtype, stored["n"].dtype) == (torch.float16, torch.int64)
     assert load_stage(tmp_path / "half", "prior")[1]["x"].dtype == torch.float32
+
+
+def test_weights_are_converted_on_the_way_save_those_to_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "MAPPED_BYTES", 8)  # the file is opened anew for each tensor
+    tensors = {"x": torch.randn(3), "mean": torch.randn(3), "n": torch.tensor([1, 2])}
+    save_stage(tmp_path / "x", CONFIG, tensors)
+    loaded = load_weights(tmp_path / "x" / WEIGHTS_NAME, torch.bfloat16, keep=["mean"])
+    assert torch.equal(loaded["x"], tensors["x"].bfloat16())
+    assert torch.equal(loaded["mean"], tensors["mean"])
+    assert torch.equal(loaded["n"], tensors["n"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_weights_of_the_dtype_asked_for_stay_in_their_file(tmp_path: Path) -> None:
+    module = unfilled(lambda: nn.Linear(3, 2))
+    assert module.weight.is_meta
+    save_stage(tmp_path / "x", CONFIG, nn.Linear(3, 2).state_dict())
+    weights = tmp_path / "x" / WEIGHTS_NAME
+    fill(module, load_weights(weights, torch.float32), tmp_path)
+    mapped = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(weights))
+    ]
+    assert any(start <= module.weight.data_ptr() < end for start, end in mapped)
+    before = weights.read_bytes()
+    nn.init.zeros_(module.weight)  # the mapping is private: training does not write into the file
+    assert weights.read_bytes() == before
 
 
 def test_writing_again_replaces_everything(folder: Path) -> None:

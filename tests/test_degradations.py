@@ -178,7 +178,6 @@ def test_the_config_names_what_is_wrong(field):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_what_the_cpu_gives():
     images = random_images(4)
     for config in (DegradationConfig(kind="blur"), DegradationConfig(kind="bsr")):

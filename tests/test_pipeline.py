@@ -177,3 +177,53 @@ def test_bad_arguments_are_refused_before_any_work(
 def test_stages_that_do_not_fit_are_refused(unclip: UnCLIP) -> None:
     with pytest.raises(ValueError, match="must take the 64 px of the stage before it"):
         UnCLIP(unclip.clip, unclip.prior, unclip.decoder, unclip.upsamplers * 2)
+
+
+def test_offloaded_stages_draw_the_same(tiny_model: Path, unclip: UnCLIP) -> None:
+    offloaded = UnCLIP.from_pretrained(tiny_model, offload=True)
+    assert offloaded.offload_from == offloaded.device == torch.device("cpu")
+    drawn, again = (m(PROMPTS[0], **FAST) for m in (unclip, offloaded))
+    assert torch.equal(drawn.images, again.images)
+
+
+@pytest.mark.gpu
+def test_an_offloaded_stage_is_on_its_device_only_while_it_works(tiny_model: Path) -> None:
+    model = UnCLIP.from_pretrained(tiny_model, device="cuda", offload=True)
+    parts = {"prior": model.prior, "decoder": model.decoder, "upsampler_64": model.upsamplers[0]}
+
+    def check(stage: str, *step: Any) -> None:
+        for name, part in parts.items():
+            assert part is not None
+            assert next(part.parameters()).is_cuda == (name == stage)
+
+    assert model(PROMPTS[0], callback=check, **FAST).images.isfinite().all()
+    check("none")
+
+
+def test_a_model_may_say_how_it_is_sampled(tiny_model: Path, tmp_path: Path) -> None:
+    loaded = UnCLIP.from_pretrained(tiny_model)
+    model = UnCLIP(
+        loaded.clip,
+        loaded.prior,
+        loaded.decoder,
+        loaded.upsamplers,
+        sampling={"guidance_scale": 5.0, "prior_steps": 2},
+    )
+    model.save_pretrained(tmp_path / "model")
+    again = UnCLIP.from_pretrained(tmp_path / "model")
+    options = again(PROMPTS[0], **{**FAST, "prior_steps": 4}).options
+    assert (options.guidance_scale, options.prior_steps) == (5.0, 4)
+    with pytest.raises(ValueError, match=r"sampling must name options among .*; got guidance:"):
+        UnCLIP(loaded.clip, loaded.prior, loaded.decoder, sampling={"guidance": 5.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_networks_are_loaded_in_the_dtype_asked_for(
+    tiny_model: Path, dtype: torch.dtype
+) -> None:
+    model = UnCLIP.from_pretrained(tiny_model, dtype=dtype)
+    assert model.prior is not None and model.clip is not None
+    for part in (model.prior.network, model.decoder, *model.upsamplers):
+        assert {parameter.dtype for parameter in part.parameters()} == {dtype}
+    assert model.prior.mean.dtype == model.prior.std.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.clip.parameters()} == {torch.float32}

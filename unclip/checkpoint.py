@@ -19,7 +19,7 @@ from torch import Tensor, nn
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
 MAPPED_BYTES = 2**28
-"""Of a file whose weights are converted, how much stays mapped: what was read counts as memory."""
+"""Of a file whose weights are copied, how much stays mapped: what was read of it is in memory."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -90,15 +90,20 @@ def save_weights(
 
 
 def load_weights(
-    path: Path, dtype: torch.dtype | None = None, keep: Collection[str] = ()
+    path: Path,
+    dtype: torch.dtype | None = None,
+    keep: Collection[str] = (),
+    mapped: bool = True,
 ) -> dict[str, Tensor]:
-    """Read a safetensors file, which is mapped into memory and not copied.
+    """Read a safetensors file.
 
     Args:
         path: the file.
         dtype: of floating-point tensors; those of another are converted one at a time, so that the
             file and what is made of it are never in memory together. None keeps each tensor's own.
         keep: names of tensors that are fp32 whatever `dtype` says.
+        mapped: leave what needs no conversion in the file, mapped into memory. False copies it,
+            for those who put tensors together anew: a file stays in memory as long as any of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -113,14 +118,16 @@ def load_weights(
         with safe_open(path, "pt") as file:
             names = list(file.keys())
         while names:
-            converted = 0
+            copied = 0
             with safe_open(path, "pt") as file:
-                while names and converted < MAPPED_BYTES:
+                while names and copied < MAPPED_BYTES:
                     name = names.pop(0)
                     stored = file.get_tensor(name)
                     tensors[name] = cast(name, stored, dtype, keep)
+                    if tensors[name] is stored and not mapped:
+                        tensors[name] = stored.clone()
                     if tensors[name] is not stored:
-                        converted += stored.nbytes
+                        copied += stored.nbytes
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or damaged ({error}); copy or download it again"

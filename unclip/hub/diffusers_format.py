@@ -23,6 +23,7 @@ from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig
 from unclip.glide import GlideStage
 from unclip.hub import trunk
+from unclip.hub.karlo import SAMPLING
 from unclip.hub.model import Model, Stages
 from unclip.models import DecoderConfig, PriorTransformerConfig, UNetConfig, UpsamplerConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
@@ -53,7 +54,7 @@ def read(folder: Path) -> Model:
             f"{folder / INDEX_NAME} must be of one of {', '.join(PIPELINES)}; got {kind!r}: pass "
             "the folder of an unCLIP model"
         )
-    model = Model(folder, clip=lambda: load_clip(str(folder)))
+    model = Model(folder, clip=lambda: load_clip(str(folder)), sampling=dict(SAMPLING))
     if (folder / "prior").is_dir():
         model.prior = partial(read_prior, folder)
     if (folder / "decoder").is_dir():
@@ -258,14 +259,16 @@ def _expect(folder: Path, config: Mapping[str, Any], **values: Any) -> None:
 def _weights(
     folder: Path, dtype: torch.dtype | None = None, keep: Collection[str] = ()
 ) -> trunk.Tensors:
+    """Copies, because queries, keys and values are put together anew."""
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
         shards = sorted(set(_json(index)["weight_map"].values()))
-        parts = [load_weights(folder / shard, dtype, keep) for shard in shards]
+        parts = [load_weights(folder / shard, dtype, keep, mapped=False) for shard in shards]
         return {name: tensor for part in parts for name, tensor in part.items()}
     half = folder / WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
     whole = folder / WEIGHTS_NAME
-    return load_weights(half if half.is_file() and not whole.is_file() else whole, dtype, keep)
+    path = half if half.is_file() and not whole.is_file() else whole
+    return load_weights(path, dtype, keep, mapped=False)
 
 
 # ------------------------------------------------------------------------------------ writing

@@ -27,6 +27,18 @@ CLIP_NAME = "ViT-L-14/openai"
 HEAD_DIM = 64
 DECODER_SIZE, UPSAMPLER_SIZE = 64, 256
 
+SAMPLING = {
+    "guidance_scale": 8.0,
+    "prior_guidance_scale": 4.0,
+    "num_candidates": 1,
+    "prior_steps": 25,
+    "sampler": "ddpm",
+    "decoder_steps": 25,
+    "upsampler_sampler": "ddpm",
+    "upsampler_steps": 7,
+}
+"""How its authors sample it, diffusers' pipeline included."""
+
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds Karlo's files."""
@@ -53,7 +65,7 @@ def read(folder: Path) -> Model:
                 "out"
             )
         files[kind] = path
-    model = Model(folder, clip=_clip)
+    model = Model(folder, clip=_clip, sampling=dict(SAMPLING))
     if "prior" in files:
         model.prior = partial(read_prior, files["prior"])
     if "decoder" in files:
