@@ -23,6 +23,7 @@ LEAVES = {"clip", "diffusion", "models", "data"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "checkpoint": set(),
+    "lora": FOUNDATION,
     "pretrained": set(),
     "clip": FOUNDATION,
     "diffusion": FOUNDATION,
@@ -30,8 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION,
     "priors": FOUNDATION | {"diffusion", "models"},
     "stages": FOUNDATION | {"diffusion", "models", "priors"},
-    "hub": FOUNDATION | {"clip", "diffusion", "models", "priors", "stages", "pretrained"},
-    "training": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
+    "hub": FOUNDATION | {"clip", "diffusion", "models", "priors", "stages", "lora", "pretrained"},
+    "training": FOUNDATION | LEAVES | {"priors", "stages", "lora", "hub"},
     "pipeline": FOUNDATION | LEAVES | {"priors", "stages", "hub"},
     "edits": FOUNDATION | LEAVES | {"priors", "stages", "hub", "pipeline"},
     "evaluation": FOUNDATION | LEAVES | {"priors", "stages", "hub", "pipeline"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Library -> the only room that knows it.
-EXCLUSIVE = {"accelerate": "training"}
+EXCLUSIVE = {"accelerate": "training", "peft": "lora"}
 
 # What stands beside the package may import it, never the other way round.
 OUTSIDE = {"tests", "docs", "benchmarks"} | {script.stem for script in ROOT.glob("*.py")}

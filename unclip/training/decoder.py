@@ -19,7 +19,8 @@ from unclip.data.images import resize
 from unclip.data.shapes import ShapesDataset
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
-from unclip.hub import load_clip_of, load_stages, write_run_model
+from unclip.hub import Stages, check_stages, load_stages, write_run_model
+from unclip.lora import LoRAConfig
 from unclip.stages import (
     DecoderStage,
     DecoderStageConfig,
@@ -28,7 +29,14 @@ from unclip.stages import (
     UpsamplerStageConfig,
 )
 from unclip.training.batches import collate
-from unclip.training.checkpoints import start_from
+from unclip.training.finetune import (
+    base_of,
+    choose_trained,
+    clip_for_training,
+    save_trained,
+    start_from,
+    warn_of_differences,
+)
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
 
@@ -52,13 +60,22 @@ class TrainDecoderConfig:
     """Folder of this run; the stage lands in its sub-folder `decoder` or `upsampler`."""
     fresh: bool = False
     """Start over, discarding what the run's folder holds."""
-    base: str = "shapes"
-    """Model whose CLIP the decoder stands on and whose stages complete it for sampling."""
+    base: str | None = None
+    """Model whose CLIP the decoder stands on and whose stages complete it for sampling; None is
+    `init`, or `shapes` where the run starts at random."""
     clip: str | None = None
     """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
     init: str | None = None
-    """Model whose decoder or upsampler, of the same sizes, to start from: a name, a folder, or
-    `org/name` on the Hub; None starts at random."""
+    """Model whose decoder or upsampler to start from: a name, a folder, or `org/name` on the Hub;
+    None starts at random. Of several upsamplers it is the one to `upsampler`'s image_size. Network
+    and diffusion are its own, whatever `decoder` or `upsampler` says; their drop probabilities,
+    attention backend, checkpointing and loss weights hold."""
+    freeze: tuple[str, ...] | None = None
+    """Parts of the network that stay as they are: parameters or modules, `*` for any letters."""
+    train_only: tuple[str, ...] | None = None
+    """Parts of the network to train, in the same way; the rest stays as it is."""
+    lora: LoRAConfig | None = None
+    """Train a low-rank adapter of the init's stage instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures; an upsampler's are its large size, with `crop_size` a fourth (paper)."""
     decoder: DecoderStageConfig | None = None
@@ -167,8 +184,8 @@ class DecoderObjective(Objective):
         return torch.cat([resize(images, self.network.image_size), drawn])
 
     def export(self, folder: Path) -> None:
-        """Write the decoder's folder."""
-        self.network.save(folder)
+        """Write the decoder's folder, or its adapter's."""
+        save_trained(self.network, folder)
 
 
 class UpsamplerObjective(Objective):
@@ -223,8 +240,8 @@ class UpsamplerObjective(Objective):
         return torch.cat([enlarged, drawn, truth])
 
     def export(self, folder: Path) -> None:
-        """Write the upsampler's folder."""
-        self.network.save(folder)
+        """Write the upsampler's folder, or its adapter's."""
+        save_trained(self.network, folder)
 
 
 def _reported(losses: dict[str, Tensor], timesteps: Tensor, objective: Any) -> dict[str, Tensor]:
@@ -253,10 +270,10 @@ def resolve(config: TrainDecoderConfig, clip: FrozenCLIP) -> TrainDecoderConfig:
 
 
 def _upsampler_of(name: str, image_size: int) -> UpsamplerStage:
-    """The upsampler to `image_size` of a model."""
+    """The upsampler to `image_size` of a model, or the only one it has."""
     upsamplers = load_stages(name, only=["upsamplers"]).upsamplers
     for upsampler in upsamplers:
-        if upsampler.image_size == image_size:
+        if upsampler.image_size == image_size or len(upsamplers) == 1:
             return upsampler
     sizes = " and ".join(str(upsampler.image_size) for upsampler in upsamplers) or "none"
     raise ValueError(
@@ -275,38 +292,61 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 def train(config: TrainDecoderConfig) -> None:
     """Train what `config` describes, into its run's folder."""
     torch.manual_seed(config.fit.seed)
-    objective: Objective
+    base = base_of(config.base, config.init, config.run)
+    config = replace(config, base=base)
+    objective: DecoderObjective | UpsamplerObjective
+    own: DecoderStageConfig | UpsamplerStageConfig
     fingerprint = None
     if config.decoder is not None:
-        clip = load_clip_of(config.clip or config.base)
+        clip = clip_for_training(config.clip, base, config.init)
         fingerprint = clip.fingerprint()
         config = resolve(config, clip)
         assert config.decoder is not None
+        own = config.decoder
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
-        decoder = DecoderStage(config.decoder)
         if config.init is not None:
             initial = load_stages(config.init, only=["decoder"]).decoder
             assert initial is not None
-            start_from(decoder.network, initial.network, config.init, "decoder.network")
+            decoder = start_from(initial, own)
+            check_stages(Stages(clip=clip, decoder=decoder), config.init)
+        else:
+            decoder = DecoderStage(own)
         objective = DecoderObjective(decoder, clip, config, examples)
     else:
         assert config.upsampler is not None
+        own = config.upsampler
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
-        upsampler = UpsamplerStage(config.upsampler)
         if config.init is not None:
-            source = _upsampler_of(config.init, upsampler.image_size)
-            start_from(upsampler.network, source.network, config.init, "upsampler.network")
+            size = own.network.unet.image_size
+            upsampler = start_from(_upsampler_of(config.init, size), own)
+        else:
+            upsampler = UpsamplerStage(own)
         objective = UpsamplerObjective(upsampler, config, examples)
+    stage, adapts = objective.network, None
+    choose_trained(
+        stage.network,
+        freeze=config.freeze,
+        train_only=config.train_only,
+        lora=config.lora,
+        init=config.init,
+    )
+    if config.lora is not None:
+        adapts = "decoder" if stage.stage == "decoder" else f"upsampler_{stage.image_size}"
+        objective.stage = "lora"
+
+    def prepare_run(run: Path) -> None:
+        write_run_model(run, objective.stage, base, config.clip, fingerprint, adapts)
+        if config.init is not None:
+            warn_of_differences(own, stage.config, stage.stage, config.init)
+
     fit(
         objective,
         dataset,
         config.fit,
         config.run,
-        resolved=to_dict(config),
+        resolved={**to_dict(config), stage.stage: to_dict(stage.config)},
         fresh=config.fresh,
-        prepare_run=lambda run: write_run_model(
-            run, objective.stage, config.base, config.clip, fingerprint
-        ),
+        prepare_run=prepare_run,
     )
