@@ -180,6 +180,6 @@ def merge_adapter(network: Any, folder: Path) -> None:
         )
     peft.set_peft_model_state_dict(network, tensors)
     adapted.merge_and_unload()
-    del network.peft_config
+    vars(network).pop("peft_config", None)  # not every release of peft does
     for parameter, requires_grad in trained:  # peft has frozen them all
         parameter.requires_grad_(requires_grad)

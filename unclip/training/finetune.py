@@ -125,24 +125,22 @@ def warn_of_differences(own: Any, trained: Any, section: str, init: str) -> None
         section: name of the first.
         init: what the model was called.
     """
-    told = list(_differences(to_dict(own), to_dict(trained), section, init))
+    told = list(_differences(to_dict(own), to_dict(trained), section))
     if type(own.network) is not type(trained.network):
         kinds = [type(c.network).__name__.removesuffix("Config") for c in (trained, own)]
-        told.insert(0, f"{section}.network: a {kinds[0]} of {init}, not a {kinds[1]}")
+        told.insert(0, f"{section}.network: a {kinds[0]}, not a {kinds[1]}")
     if told:
         more = f" and {len(told) - 5} more" if told[5:] else ""
-        log.warning("init decides what is trained: %s%s", "; ".join(told[:5]), more)
+        log.warning("%s decides what is trained: %s%s", init, "; ".join(told[:5]), more)
 
 
-def _differences(
-    own: Mapping[str, Any], trained: Mapping[str, Any], name: str, init: str
-) -> Iterator[str]:
+def _differences(own: Mapping[str, Any], trained: Mapping[str, Any], name: str) -> Iterator[str]:
     for key in (key for key in own if key in trained):
         ours, theirs = own[key], trained[key]
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(ours, theirs, f"{name}.{key}", init)
+            yield from _differences(ours, theirs, f"{name}.{key}")
         elif ours != theirs:
-            yield f"{name}.{key}: {theirs} of {init}, not {ours}"
+            yield f"{name}.{key}: {theirs}, not {ours}"
 
 
 # ---------------------------------------------------------------------------- what is trained
