@@ -317,8 +317,9 @@ def draw(model: Any, stage: str) -> torch.Tensor:
     text = model.clip.encode_text(["a red circle"])
     if stage == "prior":
         return model.prior.sample(text, generators=make_generators(0, 1), num_inference_steps=4)
-    drawn = model(["a red circle"], seed=0, prior_steps=2, decoder_steps=2, upsampler_steps=2)
-    return drawn.images
+    steps = {"prior_steps": 2, "decoder_steps": 2, "upsampler_steps": 2}
+    drawn = model(["a red circle"], seed=0, guidance_scale=1.0, **steps)
+    return drawn.by_size[16 if stage == "decoder" else 64]
 
 
 def test_adapters_stand_on_one_another_and_a_whole_stage_hides_them(
@@ -409,6 +410,23 @@ def test_an_adapter_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         train("prior", tmp_path, "run", "--lora.rank", "4")
     assert "lora needs a model to adapt; got rank 4 and no init" in capsys.readouterr().err
+
+
+def test_an_adapter_stands_on_what_it_adapts(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--init", str(tiny_model), "--base", "shapes", "--rank", "2"]
+    with pytest.raises(SystemExit):
+        train("prior", tmp_path, "run", *flags)
+    assert "base must be init with lora" in capsys.readouterr().err
+
+
+def test_an_init_without_the_stage_is_refused(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train("decoder", tmp_path, "run", *model_of("dalle2_pytorch", request, tmp_path))
+    assert "init must have a decoder; got" in capsys.readouterr().err
 
 
 def test_a_run_cannot_stand_on_itself(

@@ -34,6 +34,7 @@ from unclip.training.finetune import (
     choose_trained,
     clip_for_training,
     save_trained,
+    stage_of,
     start_from,
     warn_of_differences,
 )
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 def train(config: TrainDecoderConfig) -> None:
     """Train what `config` describes, into its run's folder."""
     torch.manual_seed(config.fit.seed)
-    base = base_of(config.base, config.init, config.run)
+    base = base_of(config.base, config.init, config.run, config.lora)
     config = replace(config, base=base)
     objective: DecoderObjective | UpsamplerObjective
     own: DecoderStageConfig | UpsamplerStageConfig
@@ -306,9 +307,7 @@ def train(config: TrainDecoderConfig) -> None:
         dataset = open_source(config.source)
         examples = _first_samples(dataset, config.preview.num_images)
         if config.init is not None:
-            initial = load_stages(config.init, only=["decoder"]).decoder
-            assert initial is not None
-            decoder = start_from(initial, own)
+            decoder = start_from(stage_of(config.init, "decoder"), own)
             check_stages(Stages(clip=clip, decoder=decoder), config.init)
         else:
             decoder = DecoderStage(own)

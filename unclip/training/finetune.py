@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -34,14 +34,19 @@ RUNS_OWN = {
 # ------------------------------------------------------------------------- where a run starts
 
 
-def base_of(base: str | None, init: str | None, run: Path) -> str:
+def base_of(base: str | None, init: str | None, run: Path, lora: LoRAConfig | None) -> str:
     """The model that completes a run: the one that is named, else that it starts from, else
     `shapes`.
 
     Raises:
-        ValueError: it would be the run itself.
+        ValueError: it would be the run itself, or an adapter's is another than that it adapts.
         FileNotFoundError: there is no such model.
     """
+    if lora is not None and init is not None and base not in (None, init):
+        raise ValueError(
+            f"base must be init with lora, whose adapter is merged into init's; got base {base} "
+            f"and init {init}: leave base out"
+        )
     if base is None and init is not None and resolve(init).resolve() == run.resolve():
         raise ValueError(
             f"run must be another folder than init, whose model completes it; got {run} for both: "
@@ -86,6 +91,22 @@ def clip_for_training(clip: str | None, base: str, init: str | None) -> FrozenCL
                 f"embeddings, as init {init} was trained on; got {found.name}, whose are not: pass "
                 "the CLIP of a model of the same family"
             )
+    return found
+
+
+def stage_of(init: str, stage: Literal["prior", "decoder"]) -> Any:
+    """A stage of the model that a run starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_stages` does.
+        ValueError: the model has no such stage.
+    """
+    found = getattr(load_stages(init, only={stage}, optional={stage}), stage)
+    if found is None:
+        raise ValueError(
+            f"init must have a {stage}; got {init}, which has none: name a model that has one, or "
+            "leave init out"
+        )
     return found
 
 

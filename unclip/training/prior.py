@@ -15,7 +15,7 @@ from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss
-from unclip.hub import Stages, check_stages, load_stages, write_run_model
+from unclip.hub import Stages, check_stages, write_run_model
 from unclip.lora import LoRAConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
 from unclip.training.finetune import (
@@ -23,6 +23,7 @@ from unclip.training.finetune import (
     choose_trained,
     clip_for_training,
     save_trained,
+    stage_of,
     start_from,
     warn_of_differences,
 )
@@ -133,15 +134,13 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 
 def train(config: TrainPriorConfig) -> None:
     """Train what `config` describes, into its run's folder."""
-    base = base_of(config.base, config.init, config.run)
+    base = base_of(config.base, config.init, config.run, config.lora)
     clip = clip_for_training(config.clip, base, config.init)
     config = replace(resolve(config, clip), base=base)
     dataset = open_source(config.source)
     torch.manual_seed(config.fit.seed)
     if config.init is not None:
-        initial = load_stages(config.init, only=["prior"]).prior
-        assert initial is not None
-        prior = start_from(initial, config.prior)
+        prior = start_from(stage_of(config.init, "prior"), config.prior)
         check_stages(Stages(clip=clip, prior=prior), config.init)
     else:
         prior = DiffusionPrior(config.prior)
