@@ -67,7 +67,8 @@ def model_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> list[st
         request.getfixturevalue("monkeypatch").setattr(karlo_format, "CLIP_NAME", str(clip))
         return ["--init", str(request.getfixturevalue("karlo_files"))]
     case = recorded_prior("1.15.6", "released")
-    return ["--init", str(write_dalle2_pytorch(folder / "laion", case)), "--clip", str(clip)]
+    prior = write_dalle2_pytorch(folder / "laion", case) / "prior.pth"
+    return ["--init", str(prior), "--clip", str(clip)]
 
 
 def stage_of(name: Path | str, stage: str) -> Any:
