@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts beside the package
 
-CLIP_CFG = {
+CLIP_CFG: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
     "text_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 2},
@@ -62,15 +63,16 @@ def assert_parity(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert error <= 2e-5, f"{what}: off by {error:.1e}"
 
 
-def write_tiny_clip(folder: Path, embed_dim: int = 16, seed: int = 0) -> None:
-    """A CLIP folder at random weights, in open_clip's layout."""
+def write_tiny_clip(folder: Path, embed_dim: int = 16, seed: int = 0, **text: int) -> None:
+    """A CLIP folder at random weights, in open_clip's layout; `text` sizes its text tower."""
     from unclip.checkpoint import save_weights
     from unclip.clip import BPE_NAME, new_clip, write_clip_config, write_vocabulary
 
     folder.mkdir(parents=True)
     write_vocabulary(folder / BPE_NAME, 1024)
     torch.manual_seed(seed)
-    config = {**CLIP_CFG, "embed_dim": embed_dim}
+    text_cfg = {**CLIP_CFG["text_cfg"], **text}
+    config = {**CLIP_CFG, "embed_dim": embed_dim, "text_cfg": text_cfg}
     model, tokenizer = new_clip(config, folder / BPE_NAME)
     write_clip_config(folder, config, tokenizer.vocab_size)
     save_weights(model.state_dict(), folder / "open_clip_model.safetensors")

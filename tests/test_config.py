@@ -53,6 +53,8 @@ class Whole:
     """A switch."""
     max_steps: int = 3
     """A number."""
+    names: tuple[str, ...] | None = None
+    """Names."""
 
 
 def test_last_part_of_a_name_is_enough_and_dashes_are_underscores() -> None:
@@ -70,6 +72,14 @@ def test_flags_reach_into_an_optional_section(tmp_path: Path) -> None:
     config = parse(Whole, ["--config", str(file), "--optional.kind", "b"])
     assert config.optional == Section(rate=5.0, kind="b")
     assert parse(Whole, []).optional is None
+
+
+@pytest.mark.parametrize(
+    "words", [["--names", "a.b", "*.c"], ['--names=["a.b","*.c"]'], ["--names", '[a.b, "*.c"]']]
+)
+def test_names_may_be_typed_word_by_word(words: list[str]) -> None:
+    config = parse(Whole, [*words, "--max-steps", "7"])
+    assert (config.names, config.max_steps) == (("a.b", "*.c"), 7)
 
 
 def test_yaml_then_flags(tmp_path: Path) -> None:

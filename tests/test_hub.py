@@ -172,6 +172,12 @@ def test_a_run_may_stand_on_a_clip_of_its_own(model: Path, tmp_path: Path) -> No
         load_stages(run)
 
 
+def test_a_run_may_take_the_clip_of_a_model(model: Path, tmp_path: Path) -> None:
+    run = make_run(model, tmp_path / "run", "prior", None, clip=str(model))
+    assert yaml.safe_load((run / "unclip.yaml").read_text())["stages"]["clip"] == "../model"
+    assert load_clip_of(str(run)).fingerprint() == load_clip_of(str(model)).fingerprint()
+
+
 def test_a_run_remembers_which_clip_it_was_trained_on(model: Path, tmp_path: Path) -> None:
     make_run(model, tmp_path / "run", "prior", str(model), clip_fingerprint="another")
     with pytest.raises(ValueError, match=r"prior of .*run must run on the CLIP of training, anot"):

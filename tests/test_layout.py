@@ -24,6 +24,7 @@ STAGES = {"priors", "stages", "glide"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "checkpoint": set(),
+    "lora": FOUNDATION,
     "pretrained": set(),
     "clip": FOUNDATION,
     "diffusion": FOUNDATION,
@@ -32,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "priors": FOUNDATION | {"diffusion", "models"},
     "stages": FOUNDATION | {"diffusion", "models", "priors"},
     "glide": FOUNDATION | {"diffusion", "models", "stages"},
-    "hub": FOUNDATION | STAGES | {"clip", "diffusion", "models", "pretrained"},
-    "training": FOUNDATION | LEAVES | STAGES | {"hub"},
+    "hub": FOUNDATION | STAGES | {"clip", "diffusion", "lora", "models", "pretrained"},
+    "training": FOUNDATION | LEAVES | STAGES | {"lora", "hub"},
     "pipeline": FOUNDATION | LEAVES | STAGES | {"hub"},
     "edits": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
     "evaluation": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Library -> the only room that knows it.
-EXCLUSIVE = {"accelerate": "training"}
+EXCLUSIVE = {"accelerate": "training", "peft": "lora"}
 
 # What stands beside the package may import it, never the other way round.
 OUTSIDE = {"tests", "docs", "benchmarks"} | {script.stem for script in ROOT.glob("*.py")}

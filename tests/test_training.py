@@ -114,29 +114,6 @@ def test_a_run_starts_from_another_runs_weights(
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_starting_from_weights_of_other_sizes_is_refused(
-    stage: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main, _ = STAGES[stage]
-    name = "prior.network.depth" if stage == "prior" else f"{stage}.network.unet.num_res_blocks"
-    wider = [*words(stage, tmp_path, tiny_model), "--init", str(tiny_model), f"--{name}", "3"]
-    with pytest.raises(SystemExit):
-        main(wider)
-    assert f"sizes in {stage}.network" in capsys.readouterr().err
-
-
-def test_starting_from_a_model_without_such_an_upsampler_is_refused(
-    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = ["--upsampler.network.unet.image_size", "128", "--source.image_size", "128"]
-    with pytest.raises(SystemExit):
-        train_decoder(
-            [*words("upsampler", tmp_path, tiny_model), "--init", str(tiny_model), *sizes]
-        )
-    assert "init must have an upsampler to 128 px" in capsys.readouterr().err
-
-
 def test_config_is_written_before_training_and_another_one_is_refused(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -235,4 +235,10 @@ def fill(
                 f"{source} {fault} {listed} of the {type(module).__name__}: {cause}; copy or "
                 "download it again"
             )
-    module.load_state_dict(dict(tensors), assign=True)
+    own: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        # A file may hold one tensor under two names; in the module each is to be trained alone.
+        own[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(own[name].data_ptr())
+    module.load_state_dict(own, assign=True)

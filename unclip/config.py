@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,12 +45,17 @@ def _keys(config_class: type, prefix: str = "") -> dict[str, Any]:
 def _spell_out(argv: Sequence[str], config_class: type) -> list[str]:
     """Let users type the last part of a name: `--max-steps 20` for `--fit.max_steps 20`.
 
-    Dashes and underscores are the same, a bare switch means true, and a last part that several
-    sections share must be written out.
+    Dashes and underscores are the same, a bare switch means true, a list of names may be typed word
+    by word (`--freeze unet.down text_to_tokens`), and a last part that several sections share must
+    be written out.
     """
     keys = {"config": Path, **_keys(config_class)}
     full: list[str] = []
+    listed = 0  # words ahead that the flag before them has taken
     for i, word in enumerate(argv):
+        if listed:
+            listed -= 1
+            continue
         if not word.startswith("--") or word.startswith(("--help", "--print_config")):
             full.append(word)
             continue
@@ -63,11 +70,21 @@ def _spell_out(argv: Sequence[str], config_class: type) -> list[str]:
             if not matches:
                 raise ValueError(_unknown(name, keys))
             name = matches[0]
+        if _is_names(keys[name]) and not equals:
+            values = list(itertools.takewhile(lambda w: not w.startswith("--"), argv[i + 1 :]))
+            if values and not values[0].startswith("["):  # which is YAML's own list
+                listed = len(values)
+                equals, value = "=", json.dumps(values)
         full.append(f"--{name}{equals}{value}")
         next_is_flag = i + 1 == len(argv) or argv[i + 1].startswith("--")
         if keys[name] is bool and not equals and next_is_flag:
             full.append("true")
     return full
+
+
+def _is_names(hint: Any) -> bool:
+    """Whether a field's type is a tuple of strings, or of strings or None."""
+    return any(option == tuple[str, ...] for option in (hint, *get_args(hint)))
 
 
 def _unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

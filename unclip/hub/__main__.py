@@ -1,7 +1,8 @@
 """Models from stages, and models in other formats.
 
 `python -m unclip.hub assemble --out DIR ...` puts the stages of several runs into one model;
-`python -m unclip.hub export --to diffusers --out DIR MODEL` writes a model in another format;
+`python -m unclip.hub export --to diffusers --out DIR MODEL` writes a model in another format, and
+`--to unclip` one that stands on no other, with adapters merged;
 `python -m unclip.hub publish MODEL org/name` puts one on the Hugging Face Hub.
 """
 
@@ -18,6 +19,7 @@ from unclip.hub import diffusers_format
 from unclip.hub.folders import load_clip_of, load_stages, read_model, save_stages
 from unclip.hub.model import STAGES, Stages
 from unclip.hub.publish import publish, write_repository
+from unclip.stages import PictureStage
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,15 +34,25 @@ def assemble(
 ) -> None:
     """Write a model from one CLIP, one prior, one decoder and upsamplers in the order of size.
 
-    Each is a run's folder, a model or a stage's own folder; bases are not followed for upsamplers.
+    Each is a run's folder, a model or a stage's own folder; bases are not followed for upsamplers,
+    but where the folder holds an adapter of theirs.
     """
     stages = Stages(
         clip=load_clip_of(clip),
         prior=load_stages(prior, only={"prior"}).prior,
         decoder=load_stages(decoder, only={"decoder"}).decoder,
-        upsamplers=[read() for name in upsamplers for read in read_model(name).upsamplers],
+        upsamplers=[upsampler for name in upsamplers for upsampler in own_upsamplers(name)],
     )
     save_stages(stages, out, dtype)
+
+
+def own_upsamplers(name: str) -> list[PictureStage]:
+    """The upsamplers that a model has itself, or has adapters of."""
+    model = read_model(name)
+    if not any(stage.startswith("upsampler") for stage in model.adapters):
+        return [read() for read in model.upsamplers]
+    upsamplers = load_stages(name, only={"upsamplers"}).upsamplers
+    return [up for up in upsamplers if f"upsampler_{up.image_size}" in model.adapters]
 
 
 def export(
@@ -50,7 +62,8 @@ def export(
     parts: Collection[str] = STAGES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model, of whatever format, as `unclip`'s own or in `diffusers`' layout."""
+    """Write a model, of whatever format, as `unclip`'s own or in `diffusers`' layout, its base's
+    stages with it and adapters merged."""
     stages = load_stages(model, only=parts, optional={"clip", "prior", "decoder"})
     if to == "diffusers":
         diffusers_format.write(stages, out, dtype)

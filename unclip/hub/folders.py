@@ -6,15 +6,18 @@
     base: shapes                         # optional: completes the stages that are not here
     sampling: {guidance_scale: 4.0}      # optional: what it is sampled with unless told otherwise
     clip_fingerprint: 0123456789abcdef   # optional: of the CLIP that these stages were trained on
+    lora: {decoder: lora}                # optional: adapters to merge into stages, the base's too
 
 `clip` may also name a CLIP that lies elsewhere (`ViT-L-14/openai`, `hf-hub:org/name`). The folder
-of a training run is such a model, with one stage and a base.
+of a training run is such a model, with one stage, or the adapter of one (upsamplers go by their
+size: `upsampler_256`), and a base.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,7 @@ from unclip.hub import dalle2_pytorch, diffusers_format, glide, karlo
 from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.model import STAGES, Model, Reader, Stages
 from unclip.hub.names import resolve, shipped_names
+from unclip.lora import merge_adapter
 from unclip.priors import DiffusionPrior
 from unclip.stages import DecoderStage, PictureStage, UpsamplerStage
 
@@ -114,7 +118,7 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: version must be {VERSION}; got {values.get('version')!r}: install the "
             "release of unclip that wrote it, or save it again with this one"
         )
-    keys = ("format", "version", "stages", "base", "sampling", "clip_fingerprint")
+    keys = ("format", "version", "stages", "base", "sampling", "clip_fingerprint", "lora")
     _check_known(path, "", values, keys)
     stages = values.setdefault("stages", {})
     if not isinstance(stages, dict):
@@ -125,6 +129,11 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: stages.upsamplers must be a list; got {stages['upsamplers']!r}: write "
             f"[{stages['upsamplers']}]"
         )
+    adapters = values.setdefault("lora", {})
+    if not isinstance(adapters, dict):
+        raise ValueError(f"{path}: lora must map stages to sub-folders; got {adapters!r}")
+    upsamplers = [key for key in adapters if re.fullmatch(r"upsampler_\d+", str(key))]
+    _check_known(path, "lora.", adapters, ("prior", "decoder", *upsamplers))
     return values
 
 
@@ -144,14 +153,16 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
 
     def there_or_named(value: str) -> str:
         """A folder seen from this one, else a name as it stands."""
-        return str(folder / value) if (folder / value).is_dir() else value
+        return str(folder / value) if (folder / value).exists() else value
 
     model = Model(folder, clip_fingerprint=values.get("clip_fingerprint"))
     model.sampling = values.get("sampling", {})
     if (clip := stages.get("clip")) is not None:
         is_name = "/" in clip or ":" in clip
-        model.clip = lambda: load_clip(
-            there_or_named(clip) if is_name else str(_there(folder, "clip", folder / clip))
+        model.clip = lambda: (
+            load_clip_of(there_or_named(clip))
+            if is_name
+            else load_clip(str(_there(folder, "clip", folder / clip)))
         )
     if (prior := stages.get("prior")) is not None:
         model.prior = reader("prior", prior, DiffusionPrior.load)
@@ -162,6 +173,7 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
     ]
     if (base := values.get("base")) is not None:
         model.base = there_or_named(base)
+    model.adapters = {stage: folder / name for stage, name in values.get("lora", {}).items()}
     return model
 
 
@@ -218,17 +230,27 @@ def load_stages(
     chain = _with_bases(name, wanted)
     dtype = dtype or torch.float32
     stages = Stages()
+    adapters: dict[str, list[Path]] = {}  # those met on the way, the outermost model's first
     for model in chain:
         stages.sampling = stages.sampling or model.sampling
+        for stage, folder in model.adapters.items():
+            adapters.setdefault(stage, []).append(folder)
         if "clip" in wanted and stages.clip is None and model.clip is not None:
             stages.clip = model.clip().to(device)
         if "prior" in wanted and stages.prior is None and model.prior is not None:
-            stages.prior = model.prior(dtype).to(device)
+            stages.prior = _adapted(model.prior(dtype), adapters.get("prior", [])).to(device)
         if "decoder" in wanted and stages.decoder is None and model.decoder is not None:
-            stages.decoder = model.decoder(dtype).to(device)
+            stages.decoder = _adapted(model.decoder(dtype), adapters.get("decoder", [])).to(device)
         if "upsamplers" in wanted:
-            others = [read(dtype).to(device) for read in model.upsamplers]
+            others = [read(dtype) for read in model.upsamplers]
+            for up in others:
+                _adapted(up, adapters.pop(f"upsampler_{up.image_size}", [])).to(device)
             stages.upsamplers = _around(stages.upsamplers, others)
+    if "upsamplers" in wanted and (left := adapters.keys() - {"prior", "decoder"}):
+        raise FileNotFoundError(
+            f"the model {chain[0].path} adapts {' and '.join(sorted(left))}, which neither it nor "
+            "its base has: name the base that the adapter was trained on"
+        )
     reads_captions = isinstance(stages.decoder, GlideStage)
     for stage in ("clip", "prior", "decoder"):
         missing = stage in wanted and stage not in optional and getattr(stages, stage) is None
@@ -238,6 +260,13 @@ def load_stages(
         _check_fingerprints(chain, clip, wanted)
     check_stages(stages, str(name))
     return stages
+
+
+def _adapted(stage: Any, folders: list[Path]) -> Any:
+    """A stage with adapters merged into its network, the last of them first."""
+    for folder in reversed(folders):
+        merge_adapter(stage.network, _there(folder.parent, "adapter", folder))
+    return stage
 
 
 def _with_bases(name: str | Path, wanted: set[str]) -> list[Model]:
@@ -299,7 +328,7 @@ def _check_fingerprints(chain: list[Model], clip: FrozenCLIP, wanted: set[str]) 
     """Two CLIPs of one width differ in nothing but their weights; the wrong one gives noise."""
     missing = wanted & {"prior", "decoder"}
     for model in chain:
-        supplied = {stage for stage in missing if getattr(model, stage) is not None}
+        supplied = {s for s in missing if getattr(model, s) is not None or s in model.adapters}
         missing -= supplied
         trained_on = model.clip_fingerprint
         if supplied and trained_on is not None and trained_on != clip.fingerprint():
@@ -426,27 +455,34 @@ def write_run_model(
     base: str | None,
     clip: str | None,
     clip_fingerprint: str | None = None,
+    adapts: str | None = None,
 ) -> None:
     """Make a training run's folder a model that `load_stages` reads.
 
     Args:
-        run: the run's folder; the stage lies in its sub-folder `stage`.
-        stage: `prior`, `decoder` or `upsampler`.
+        run: the run's folder; what it trains lies in its sub-folder `stage`.
+        stage: `prior`, `decoder`, `upsampler`, or the name of an adapter's folder.
         base: the model that completes it. A folder is noted as seen from the run, so that both may
             move together.
         clip: the CLIP it was trained on, if that is not the base's.
         clip_fingerprint: of that CLIP, so that no other can take its place unnoticed.
+        adapts: the base's stage that the folder `stage` holds an adapter of: `prior`, `decoder` or
+            `upsampler_256`, by its size.
     """
 
     def seen_from_run(name: str) -> str:
-        if name not in shipped_names() and Path(name).is_dir():
+        if name not in shipped_names() and Path(name).exists():
             return Path(os.path.relpath(Path(name).resolve(), run.resolve())).as_posix()
         return name
 
     stages: dict[str, Any] = {"upsamplers": [stage]} if stage == "upsampler" else {stage: stage}
+    if adapts is not None:
+        stages = {}
     if clip is not None:
         stages = {"clip": seen_from_run(clip), **stages}
     values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "stages": stages}
+    if adapts is not None:
+        values["lora"] = {adapts: stage}
     if base is not None:
         values["base"] = seen_from_run(base)
     if clip_fingerprint is not None:

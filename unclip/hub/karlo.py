@@ -197,8 +197,9 @@ def read_upsampler(path: Path, dtype: torch.dtype = torch.float32) -> UpsamplerS
         network=network, final_network=bool(parts[1]), diffusion=diffusion
     )
     stage = unfilled(lambda: UpsamplerStage(config))
-    for part, theirs in zip((stage.network, stage.final_network), parts, strict=True):
-        if part is not None:
-            ours = {f"unet.{k}": v for k, v in trunk.from_adm(theirs, unet).items()}
-            fill(part, ours, path, theirs)
+    ours: trunk.Tensors = {}
+    for name, theirs in zip(("network", "final_network"), parts, strict=True):
+        renamed = trunk.from_adm(theirs, unet) if theirs else {}
+        ours |= {f"{name}.unet.{k}": v for k, v in renamed.items()}
+    fill(stage, ours, path, [k for theirs in parts for k in theirs])
     return stage.eval()

@@ -54,3 +54,6 @@ class Model:
     """Name of the model that completes this one."""
     clip_fingerprint: str | None = None
     """Of the CLIP that the stages were trained on."""
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """Stage -> folder of the LoRA adapter that is merged into it: into the base's, where this model
+    has no such stage. An upsampler goes by its size, `upsampler_256`."""

@@ -117,7 +117,7 @@ class DiffusionPrior(nn.Module):
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set mean and std, [D] or one row of D."""
         device = next(self.network.parameters()).device
-        self.mean, self.std = (x.detach().flatten().float().to(device) for x in (mean, std))
+        self.mean, self.std = (x.flatten().float().to(device).clone() for x in (mean, std))
 
     def _require_statistics(self) -> None:
         if not (torch.isfinite(self.mean).all() and (self.std > 0).all()):

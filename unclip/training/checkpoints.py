@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -10,8 +11,8 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -41,27 +42,6 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         dot = "." if name else ""
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}{dot}{k}")]
     return [] if old == new or name in MAY_CHANGE else [f"{name}: {old} there, {new} here"]
-
-
-def start_from(network: nn.Module, other: nn.Module, init: str | Path, sizes: str) -> None:
-    """Take the weights of `other`, found under the name `init`.
-
-    Args:
-        network: what is to be trained.
-        other: a network of the same class and sizes.
-        init: the setting that named it, for the error.
-        sizes: the setting that holds the network's sizes, for the error.
-
-    Raises:
-        ValueError: the two differ in their sizes.
-    """
-    try:
-        network.load_state_dict(other.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"init must have a {type(network).__name__} of the sizes in {sizes}; got {init}, which "
-            f"differs ({str(error).splitlines()[1].strip()}): set {sizes}.* to what its config says"
-        ) from error
 
 
 def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
@@ -100,12 +80,78 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def _leave_out_frozen(
+    models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str
+) -> None:
+    """Take what is not trained out of what is about to be saved: a run that is started again gets
+    it from where it got it at first."""
+    del folder
+    for model, tensors in zip(models, weights, strict=False):
+        for name in _frozen(model):
+            tensors.pop(name, None)
+
+
+def _check_names(models: list[nn.Module], folder: str) -> None:
+    """Raise ValueError unless a checkpoint holds all that is trained, and nothing unknown."""
+    for model in models:
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            there = set(file.keys())
+        known = set(model.state_dict())
+        lacking, unknown = sorted(known - _frozen(model) - there), sorted(there - known)
+        for fault, names in (("lacks", lacking), ("has no place for", unknown)):
+            if names:
+                more = f" and {len(names) - 3} more" if names[3:] else ""
+                raise ValueError(
+                    f"the checkpoint {folder} {fault} {', '.join(names[:3])}{more}: it is of "
+                    "another run; remove it to go on from the one before, or pass --fresh"
+                )
+
+
+class FrozenWeights:
+    """Stands in a checkpoint for the weights that it leaves out: a short hash of them, by which a
+    run that goes on knows that it got the same ones again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        digest = hashlib.sha256()
+        for name, parameter in sorted(module.named_parameters()):
+            if not parameter.requires_grad:
+                sample = parameter.detach().flatten()[:64].half().cpu().numpy().tobytes()
+                digest.update(name.encode() + sample)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint holds."""
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Raises ValueError where a checkpoint was written with other frozen weights."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "init must hold the weights that this run started from, for those it does not "
+                f"train; got others, {self.fingerprint} for {state['fingerprint']}: put the model "
+                "back as it was, or pass --fresh to start over"
+            )
+
+
 def resume(accelerator: Accelerator, run: Path) -> int:
-    """Load the newest checkpoint, if any, and return the number of steps it has behind it."""
+    """Load the newest checkpoint, if any, and return the number of steps it has behind it.
+
+    Raises:
+        ValueError: it lacks some of what is trained, or the weights that are not trained are not
+            those it was written with.
+    """
     folder = latest(run)
     if folder is None:
         return 0
-    accelerator.load_state(str(folder))
+    check = accelerator.register_load_state_pre_hook(_check_names)
+    try:
+        accelerator.load_state(str(folder), strict=False)
+    finally:
+        check.remove()
     step = int(folder.name.removeprefix("step-"))
     if accelerator.is_main_process:
         log.warning("resuming %s from step %d", run, step)
@@ -123,6 +169,7 @@ def save(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
     try:
         accelerator.save_state(str(aside))
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: Python's, torch's, its
@@ -131,6 +178,8 @@ def save(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
             f"could not write the checkpoint of step {step} to {folder.parent} ({error}); "
             "the ones before it are untouched: free some space and run the same command again"
         ) from error
+    finally:
+        hook.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         aside.rename(folder)

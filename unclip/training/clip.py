@@ -16,13 +16,12 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.checkpoint import save_weights, written_whole
 from unclip.clip import BPE_NAME, load_openclip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.shapes import ShapesConfig, ShapesDataset
-from unclip.training import checkpoints
 from unclip.training.fit import FitConfig, Objective, fit
 
 
@@ -143,6 +142,27 @@ class CLIPObjective(Objective):
             save_weights(self.network.state_dict(), temporary / "open_clip_model.safetensors")
 
 
+def start_from(network: nn.Module, other: nn.Module, init: str | Path, sizes: str) -> None:
+    """Take the weights of `other`, found under the name `init`.
+
+    Args:
+        network: what is to be trained.
+        other: a network of the same class and sizes.
+        init: the setting that named it, for the error.
+        sizes: the setting that holds the network's sizes, for the error.
+
+    Raises:
+        ValueError: the two differ in their sizes.
+    """
+    try:
+        network.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init must have a {type(network).__name__} of the sizes in {sizes}; got {init}, which "
+            f"differs ({str(error).splitlines()[1].strip()}): set {sizes}.* to what its config says"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     config = parse(TrainCLIPConfig, argv, description=__doc__)
@@ -159,7 +179,7 @@ def train(config: TrainCLIPConfig) -> None:
         objective = CLIPObjective(config.clip, vocabulary)
         if config.init is not None:
             other = load_openclip(str(config.init))
-            checkpoints.start_from(objective.network, other.model, config.init, "clip")
+            start_from(objective.network, other.model, config.init, "clip")
         fit(
             objective,
             ShapesDataset(config.shapes),

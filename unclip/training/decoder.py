@@ -19,7 +19,9 @@ from unclip.data.images import resize
 from unclip.data.shapes import ShapesDataset
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
-from unclip.hub import load_clip_of, load_stages, write_run_model
+from unclip.glide import GlideStage
+from unclip.hub import Stages, check_stages, load_stages, write_run_model
+from unclip.lora import LoRAConfig
 from unclip.stages import (
     Conditions,
     DecoderStage,
@@ -29,7 +31,15 @@ from unclip.stages import (
     UpsamplerStageConfig,
 )
 from unclip.training.batches import collate
-from unclip.training.checkpoints import start_from
+from unclip.training.finetune import (
+    base_of,
+    choose_trained,
+    clip_for_training,
+    save_trained,
+    stage_of,
+    start_from,
+    warn_of_differences,
+)
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
 
@@ -53,13 +63,22 @@ class TrainDecoderConfig:
     """Folder of this run; the stage lands in its sub-folder `decoder` or `upsampler`."""
     fresh: bool = False
     """Start over, discarding what the run's folder holds."""
-    base: str = "shapes"
-    """Model whose CLIP the decoder stands on and whose stages complete it for sampling."""
+    base: str | None = None
+    """Model whose CLIP the decoder stands on and whose stages complete it for sampling; None is
+    `init`, or `shapes` where the run starts at random."""
     clip: str | None = None
     """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
     init: str | None = None
-    """Model whose decoder or upsampler, of the same sizes, to start from: a name, a folder, or
-    `org/name` on the Hub; None starts at random."""
+    """Model whose decoder or upsampler to start from: a name, a folder, or `org/name` on the Hub;
+    None starts at random. Of several upsamplers it is the one to `upsampler`'s image_size. Network
+    and diffusion are its own, whatever `decoder` or `upsampler` says; their drop probabilities,
+    attention backend, checkpointing and loss weights hold."""
+    freeze: tuple[str, ...] | None = None
+    """Parts of the network that stay as they are: parameters or modules, `*` for any letters."""
+    train_only: tuple[str, ...] | None = None
+    """Parts of the network to train, in the same way; the rest stays as it is."""
+    lora: LoRAConfig | None = None
+    """Train a low-rank adapter of the init's stage instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures; an upsampler's are its large size, with `crop_size` a fourth (paper)."""
     decoder: DecoderStageConfig | None = None
@@ -170,8 +189,8 @@ class DecoderObjective(Objective):
         return torch.cat([resize(images, self.network.image_size), drawn])
 
     def export(self, folder: Path) -> None:
-        """Write the decoder's folder."""
-        self.network.save(folder)
+        """Write the decoder's folder, or its adapter's."""
+        save_trained(self.network, folder)
 
 
 class UpsamplerObjective(Objective):
@@ -226,8 +245,91 @@ class UpsamplerObjective(Objective):
         return torch.cat([enlarged, drawn, truth])
 
     def export(self, folder: Path) -> None:
-        """Write the upsampler's folder."""
-        self.network.save(folder)
+        """Write the upsampler's folder, or its adapter's."""
+        save_trained(self.network, folder)
+
+
+class GlideObjective(Objective):
+    """The loss of one of GLIDE's networks (Nichol et al. 2021, sections 2.2 and 4): denoise a
+    picture given its caption, which is dropped at times, and what else the network is shown: its
+    small version, or what is left of it after a box has been erased."""
+
+    network: GlideStage
+
+    def __init__(
+        self, glide: GlideStage, config: TrainDecoderConfig, examples: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.stage = "upsampler" if glide.is_upsampler else "decoder"
+        self.network = glide
+        self.schedule = NoiseSchedule(glide.config.diffusion)
+        self.degradation = config.degradation
+        self.timestep_shift = config.timestep_shift
+        self.preview_config = config.preview
+        self.examples = examples
+
+    def _pictures(self, images: Tensor) -> Tensor:
+        """A base network's pictures at its size; an upsampler's are crops as they come."""
+        is_upsampler = self.network.is_upsampler
+        return images if is_upsampler else resize(images, self.network.image_size)
+
+    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss of B captioned pictures."""
+        x_0, network = self._pictures(batch["image"]), self.network.network
+        timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
+        tokens, token_mask = self.network.tokenize(batch["caption"])
+        dropped = torch.rand(len(x_0), generator=generator, device=x_0.device)
+        shown: dict[str, Tensor] = {}
+        if network.config.scale is not None:
+            low_res = downsample(x_0, network.config.scale)
+            shown["low_res"] = degrade(low_res, self.degradation, generator)
+        if network.config.inpainting:
+            shown |= {"image": x_0, "keep": _outside_a_box(x_0, generator)}
+        context = network.encode_context(
+            tokens=tokens,
+            token_mask=token_mask,
+            drop_text=dropped < network.config.text_drop_prob,
+            **shown,
+        )
+        x_t = self.schedule.add_noise(x_0, noise, timesteps)
+        output = network(x_t, timesteps, context)
+        return _reported(
+            diffusion_loss(self.schedule, output, x_0, noise, timesteps), timesteps, self
+        )
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """True pictures, then what the network makes of their captions (and small versions)."""
+        truth = self._pictures(self.examples["image"].to(next(self.network.parameters()).device))
+        conditions = Conditions(captions=self.examples["caption"])
+        if (scale := self.network.config.network.scale) is not None:
+            conditions = replace(conditions, low_res=downsample(truth, scale))
+        drawn = self.network.sample(
+            conditions,
+            make_generators(0, len(truth)),
+            SamplingOptions(
+                num_inference_steps=self.preview_config.num_inference_steps,
+                guidance_scale=self.preview_config.guidance_scale,
+            ),
+        )
+        return torch.cat([truth, drawn])
+
+    def export(self, folder: Path) -> None:
+        """Write the stage's folder, or its adapter's."""
+        save_trained(self.network, folder)
+
+
+def _outside_a_box(x_0: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, 1, H, W] bool, False in one random box a picture: what an inpainting network is to
+    paint."""
+
+    def between(length: int) -> Tensor:
+        ends = torch.rand(len(x_0), 2, generator=generator, device=x_0.device) * length
+        places = torch.arange(length, device=x_0.device)
+        return (places >= ends.amin(1)[:, None]) & (places <= ends.amax(1)[:, None])
+
+    rows, columns = (between(length) for length in x_0.shape[-2:])
+    return ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
 def _reported(losses: dict[str, Tensor], timesteps: Tensor, objective: Any) -> dict[str, Tensor]:
@@ -255,11 +357,12 @@ def resolve(config: TrainDecoderConfig, clip: FrozenCLIP) -> TrainDecoderConfig:
     return replace(config, decoder=replace(config.decoder, network=network))
 
 
-def _upsampler_of(name: str, image_size: int) -> UpsamplerStage:
-    """The upsampler to `image_size` of a model."""
+def _upsampler_of(name: str, image_size: int) -> UpsamplerStage | GlideStage:
+    """The upsampler to `image_size` of a model, or the only one it has."""
     upsamplers = load_stages(name, only=["upsamplers"]).upsamplers
     for upsampler in upsamplers:
-        if isinstance(upsampler, UpsamplerStage) and upsampler.image_size == image_size:
+        if upsampler.image_size == image_size or len(upsamplers) == 1:
+            assert isinstance(upsampler, UpsamplerStage | GlideStage)
             return upsampler
     sizes = " and ".join(str(upsampler.image_size) for upsampler in upsamplers) or "none"
     raise ValueError(
@@ -278,38 +381,60 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 def train(config: TrainDecoderConfig) -> None:
     """Train what `config` describes, into its run's folder."""
     torch.manual_seed(config.fit.seed)
-    objective: Objective
-    fingerprint = None
+    base = base_of(config.base, config.init, config.run, config.lora)
+    config = replace(config, base=base)
+    objective: DecoderObjective | UpsamplerObjective | GlideObjective
+    own: DecoderStageConfig | UpsamplerStageConfig
+    clip, initial = None, None
     if config.decoder is not None:
-        clip = load_clip_of(config.clip or config.base)
-        fingerprint = clip.fingerprint()
-        config = resolve(config, clip)
-        assert config.decoder is not None
-        dataset = open_source(config.source)
-        examples = _first_samples(dataset, config.preview.num_images)
-        decoder = DecoderStage(config.decoder)
         if config.init is not None:
-            initial = load_stages(config.init, only=["decoder"]).decoder
-            assert initial is not None
-            start_from(decoder.network, initial.network, config.init, "decoder.network")
-        objective = DecoderObjective(decoder, clip, config, examples)
+            initial = stage_of(config.init, "decoder")
+        if not isinstance(initial, GlideStage):
+            clip = clip_for_training(config.clip, base, config.init)
+            config = resolve(config, clip)
+        assert config.decoder is not None
+        own = config.decoder
     else:
         assert config.upsampler is not None
-        dataset = open_source(config.source)
-        examples = _first_samples(dataset, config.preview.num_images)
-        upsampler = UpsamplerStage(config.upsampler)
+        own = config.upsampler
         if config.init is not None:
-            source = _upsampler_of(config.init, upsampler.image_size)
-            start_from(upsampler.network, source.network, config.init, "upsampler.network")
+            initial = _upsampler_of(config.init, own.network.unet.image_size)
+    dataset = open_source(config.source)
+    examples = _first_samples(dataset, config.preview.num_images)
+    if isinstance(initial, GlideStage):
+        objective = GlideObjective(start_from(initial, own), config, examples)
+    elif isinstance(own, DecoderStageConfig):
+        assert clip is not None
+        decoder = DecoderStage(own) if initial is None else start_from(initial, own)
+        check_stages(Stages(clip=clip, decoder=decoder), str(config.init))
+        objective = DecoderObjective(decoder, clip, config, examples)
+    else:
+        upsampler = UpsamplerStage(own) if initial is None else start_from(initial, own)
         objective = UpsamplerObjective(upsampler, config, examples)
+    stage, section, adapts = objective.network, objective.stage, None
+    fingerprint = None if clip is None else clip.fingerprint()
+    choose_trained(
+        stage.network,
+        freeze=config.freeze,
+        train_only=config.train_only,
+        lora=config.lora,
+        init=config.init,
+    )
+    if config.lora is not None:
+        adapts = section if section == "decoder" else f"upsampler_{stage.image_size}"
+        objective.stage = "lora"
+
+    def prepare_run(run: Path) -> None:
+        write_run_model(run, objective.stage, base, config.clip, fingerprint, adapts)
+        if config.init is not None:
+            warn_of_differences(own, stage.config, section, config.init)
+
     fit(
         objective,
         dataset,
         config.fit,
         config.run,
-        resolved=to_dict(config),
+        resolved={**to_dict(config), section: to_dict(stage.config)},
         fresh=config.fresh,
-        prepare_run=lambda run: write_run_model(
-            run, objective.stage, config.base, config.clip, fingerprint
-        ),
+        prepare_run=prepare_run,
     )

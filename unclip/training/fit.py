@@ -158,9 +158,14 @@ def learning_rate_factor(step: int, config: FitConfig) -> float:
     return config.lr_floor + (1 - config.lr_floor) * cosine
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen: what is optimised, averaged and checkpointed."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    matrices = [p for p in trained(module) if p.ndim > 1]
+    vectors = [p for p in trained(module) if p.ndim <= 1]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -212,12 +217,12 @@ def averaged(ema: EMAModel | None, module: nn.Module) -> Iterator[None]:
     if ema is None:
         yield
         return
-    ema.store(module.parameters())
-    ema.copy_to(module.parameters())
+    ema.store(trained(module))
+    ema.copy_to(trained(module))
     try:
         yield
     finally:
-        ema.restore(module.parameters())
+        ema.restore(trained(module))
 
 
 class Meter:
@@ -258,8 +263,9 @@ def fit(
     """Train `objective` on `dataset`, into the folder `run`.
 
     The folder gets `config.yaml` before the first step, `metrics.jsonl`, sample grids under
-    `samples/`, checkpoints under `checkpoints/`, and the stage itself (averaged weights) under the
-    objective's name. Running the same command again goes on from the last checkpoint.
+    `samples/`, checkpoints (without what is frozen) under `checkpoints/`, and the stage itself
+    (averaged weights) under the objective's name. Running the same command again goes on from the
+    last checkpoint.
 
     Args:
         objective: what to train.
@@ -295,13 +301,15 @@ def fit(
         eps=config.adam_eps,
         fused=True,
     )
-    ema = EMAModel(objective.parameters(), decay=config.ema_decay) if config.ema_decay > 0 else None
+    ema = EMAModel(trained(objective), decay=config.ema_decay) if config.ema_decay > 0 else None
     step_module, optimizer = accelerator.prepare(objective, optimizer)
     if config.compile:
         step_module = torch.compile(step_module)
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
+    if len(trained(objective)) < len(list(objective.parameters())):
+        accelerator.register_for_checkpointing(checkpoints.FrozenWeights(objective))
     first_step = checkpoints.resume(accelerator, run)
     if config.tracker != "none":
         accelerator.init_trackers(
@@ -340,15 +348,13 @@ def fit(
                 out = step_module(batch, generator)
                 accelerator.backward(out["loss"])
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(
-                        step_module.parameters(), config.max_grad_norm
-                    )
+                    norm = accelerator.clip_grad_norm_(trained(objective), config.max_grad_norm)
                     meter.add({"grad_norm": torch.as_tensor(norm)})
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add({name: value.detach().float() for name, value in out.items()})
         if ema is not None:
-            ema.step(objective.parameters())
+            ema.step(trained(objective))
         seen += config.batch_size
         done = step + 1
         bar.update()

@@ -15,9 +15,18 @@ from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.source import SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss
-from unclip.hub import load_clip_of, load_stages, write_run_model
+from unclip.hub import Stages, check_stages, write_run_model
+from unclip.lora import LoRAConfig
 from unclip.priors import DiffusionPrior, DiffusionPriorConfig
-from unclip.training.checkpoints import start_from
+from unclip.training.finetune import (
+    base_of,
+    choose_trained,
+    clip_for_training,
+    save_trained,
+    stage_of,
+    start_from,
+    warn_of_differences,
+)
 from unclip.training.fit import FitConfig, Objective, draw, fit
 
 
@@ -29,19 +38,29 @@ class TrainPriorConfig:
     """Folder of this run; the prior lands in its sub-folder `prior`."""
     fresh: bool = False
     """Start over, discarding what the run's folder holds."""
-    base: str = "shapes"
-    """Model whose CLIP the prior stands on and whose stages complete it for sampling."""
+    base: str | None = None
+    """Model whose CLIP the prior stands on and whose stages complete it for sampling; None is
+    `init`, or `shapes` where the run starts at random."""
     clip: str | None = None
     """Another CLIP: a folder, `hf-hub:org/name`, or an open_clip model/tag."""
     init: str | None = None
-    """Model whose prior, of the same sizes, to start from: a name, a folder, or `org/name` on the
-    Hub; None starts at random. The embeddings' mean and std are measured anew."""
+    """Model whose prior to start from: a name, a folder, or `org/name` on the Hub; None starts at
+    random. Network and diffusion are its own, whatever `prior` says, and so are the embeddings'
+    mean and std, in whose units it was trained; `prior`'s drop probabilities, attention backend
+    and loss weights hold."""
+    freeze: tuple[str, ...] | None = None
+    """Parts of the network that stay as they are: parameters or modules, `*` for any letters."""
+    train_only: tuple[str, ...] | None = None
+    """Parts of the network to train, in the same way; the rest stays as it is."""
+    lora: LoRAConfig | None = None
+    """Train a low-rank adapter of the init's prior instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures."""
     prior: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
     """Network and diffusion; the widths of embeddings and encodings are taken from the CLIP."""
     statistics_samples: int = 4096
-    """How many pictures the embeddings' mean and std are measured on before the first step."""
+    """How many pictures the embeddings' mean and std are measured on before the first step, where
+    the prior starts at random."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The loop."""
 
@@ -94,8 +113,8 @@ class PriorObjective(Objective):
         }
 
     def export(self, folder: Path) -> None:
-        """Write the prior's folder."""
-        self.network.save(folder)
+        """Write the prior's folder, or its adapter's."""
+        save_trained(self.network, folder)
 
 
 def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
@@ -115,25 +134,41 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 
 def train(config: TrainPriorConfig) -> None:
     """Train what `config` describes, into its run's folder."""
-    clip = load_clip_of(config.clip or config.base)
-    config = resolve(config, clip)
+    base = base_of(config.base, config.init, config.run, config.lora)
+    clip = clip_for_training(config.clip, base, config.init)
+    config = replace(resolve(config, clip), base=base)
     dataset = open_source(config.source)
     torch.manual_seed(config.fit.seed)
-    prior = DiffusionPrior(config.prior)
     if config.init is not None:
-        other = load_stages(config.init, only=["prior"]).prior
-        assert other is not None
-        start_from(prior.network, other.network, config.init, "prior.network")
-    rows = spread_rows(dataset, config.statistics_samples)
-    prior.fit_statistics(clip.encode_rows(dataset, rows))
+        prior = start_from(stage_of(config.init, "prior"), config.prior)
+        check_stages(Stages(clip=clip, prior=prior), config.init)
+    else:
+        prior = DiffusionPrior(config.prior)
+        rows = spread_rows(dataset, config.statistics_samples)
+        prior.fit_statistics(clip.encode_rows(dataset, rows))
+    choose_trained(
+        prior.network,
+        freeze=config.freeze,
+        train_only=config.train_only,
+        lora=config.lora,
+        init=config.init,
+    )
+    objective = PriorObjective(prior, clip)
+    if config.lora is not None:
+        objective.stage = "lora"
+
+    def prepare_run(run: Path) -> None:
+        adapts = None if config.lora is None else "prior"
+        write_run_model(run, objective.stage, base, config.clip, clip.fingerprint(), adapts)
+        if config.init is not None:
+            warn_of_differences(config.prior, prior.config, "prior", config.init)
+
     fit(
-        PriorObjective(prior, clip),
+        objective,
         dataset,
         config.fit,
         config.run,
-        resolved=to_dict(config),
+        resolved={**to_dict(config), "prior": to_dict(prior.config)},
         fresh=config.fresh,
-        prepare_run=lambda run: write_run_model(
-            run, "prior", config.base, config.clip, clip.fingerprint()
-        ),
+        prepare_run=prepare_run,
     )
