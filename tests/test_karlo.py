@@ -161,6 +161,13 @@ def test_a_prior_without_its_statistics_is_refused(folder: Path, tmp_path: Path)
         load_stages(copy, only={"prior"})
 
 
+def test_one_file_is_a_model_of_one_stage(folder: Path) -> None:
+    decoder = load_stages(folder / FILES["decoder"], only={"decoder"}).decoder
+    assert decoder is not None
+    with pytest.raises(FileNotFoundError, match="lacks a prior"):
+        load_stages(folder / FILES["decoder"], only={"prior"})
+
+
 def test_missing_tensors_are_named(folder: Path, tmp_path: Path) -> None:
     def lose(weights: dict[str, Any]) -> None:
         for name in [name for name in weights if "in_layers" in name]:

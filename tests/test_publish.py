@@ -7,10 +7,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from loopback_hub import REVISION, LoopbackHub, loopback_hub
+from test_dalle2_pytorch import recorded
+from test_dalle2_pytorch import write as write_dalle2_pytorch
+from test_glide import folder as glide_files  # noqa: F401
+from test_glide import vocabulary  # noqa: F401
 from torchvision.utils import save_image
 
 from unclip.hub import load_stages, publish, resolve
 from unclip.hub.__main__ import main as hub_main
+from unclip.hub.publish import write_repository
 from unclip.pipeline import UnCLIP
 
 
@@ -94,6 +99,44 @@ def test_a_private_repository_wants_a_token(
         resolve("org/secret")
     with pytest.raises(PermissionError, match=r"org/secret cannot be written .*hf auth login"):
         publish(load_stages(tiny_model), "org/secret")
+
+
+def test_files_within_a_repository_go_by_their_path(
+    hub: LoopbackHub, tiny_model: Path, tmp_path: Path
+) -> None:
+    case = recorded("1.15.6", "released")
+    folder = write_dalle2_pytorch(tmp_path / "prior", case)
+    files = {f"prior/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    hub.files["org/zoo"] = {**files, "decoder/latest.pth": b"pickle", "README.md": b"# zoo"}
+    stages = load_stages("org/zoo/prior/prior.pth@v1", only={"prior"})
+    assert stages.prior is not None and stages.prior.config.network.embed_dim == 24
+    there = resolve("org/zoo/prior/prior.pth").parents[1]
+    assert not (there / "decoder").exists()  # only what was named is fetched
+    with pytest.raises(FileNotFoundError, match=r"but prior/prior.pth.*as org/zoo/prior/prior.pth"):
+        resolve("org/zoo")
+    with pytest.raises(FileNotFoundError, match=r"org/zoo/nowhere holds no safetensors, but"):
+        resolve("org/zoo/nowhere")
+
+    model = {str(p.relative_to(tiny_model)): p.read_bytes() for p in tiny_model.rglob("*.*")}
+    hub.files["org/many"] = {f"first/{name}": body for name, body in model.items()}
+    assert load_stages("org/many/first", only={"decoder"}).decoder is not None
+
+
+@pytest.mark.parametrize("name", ["org/name/../x", "org/name//x", "org/name/a b", "org/name/x/."])
+def test_a_path_within_a_repository_is_checked_first(hub: LoopbackHub, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a name on the Hub"):
+        resolve(name)
+
+
+def test_a_model_of_glides_has_a_card_of_its_own(
+    glide_files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    stages = load_stages(glide_files, optional={"prior"})
+    write_repository(stages, tmp_path / "model", "org/glide")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.pipeline_tag == "text-to-image" and "A GLIDE model" in card.text
+    assert "| CLIP |" not in card.text and "| upsampler | 64 to 256 px |" in card.text
 
 
 @pytest.mark.parametrize("name", ["tiny", "../x", "a/b/c", "org/na me", ""])

@@ -63,7 +63,7 @@ def read_model(name: str | Path) -> Model:
         return _from_yaml(folder, _parse(path))
     if (folder / diffusers_format.INDEX_NAME).is_file():
         return diffusers_format.read(folder)
-    if karlo.is_folder(folder):
+    if karlo.is_checkpoint(folder):
         return karlo.read(folder)
     if glide.is_checkpoint(folder):
         return glide.read(folder)

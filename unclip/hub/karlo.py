@@ -40,19 +40,19 @@ SAMPLING = {
 """How its authors sample it, diffusers' pipeline included."""
 
 
-def is_folder(folder: Path) -> bool:
-    """Whether a folder holds Karlo's files."""
-    return any(folder.glob("*.ckpt"))
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is one of Karlo's files, or a folder that holds one."""
+    return path.suffix == ".ckpt" or any(path.glob("*.ckpt"))
 
 
 def read(folder: Path) -> Model:
-    """What a folder of Karlo's files holds.
+    """What a folder of Karlo's files, or one of them, holds.
 
     Raises:
         ValueError: no file is one of Karlo's, or two are of one kind.
     """
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.ckpt")):
+    for path in sorted(folder.glob("*.ckpt")) if folder.is_dir() else [folder]:
         kind = _kind(_state_dict(path))
         if kind is None:
             raise ValueError(

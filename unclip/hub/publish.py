@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from unclip.glide import GlideStage
 from unclip.hub.folders import save_stages
 from unclip.hub.model import Stages
 
@@ -129,15 +130,14 @@ def model_card(
     fields = ModelCardData(
         license=license,
         library_name="unclip",
-        pipeline_tag="text-to-image" if stages.prior is not None else "image-to-image",
-        tags=["unclip", "dall-e-2", "diffusion"],
+        pipeline_tag="text-to-image" if _reads_captions(stages) else "image-to-image",
+        tags=["unclip", "glide" if isinstance(stages.decoder, GlideStage) else "dall-e-2"],
         datasets=on_the_hub or None,
     )
     parts = [
         f"---\n{fields.to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
-        "A two-stage unCLIP (DALL-E 2) model: a prior draws a CLIP image embedding for a caption, "
-        "a decoder and upsamplers draw the picture.",
+        _what(stages),
     ]
     if has_grid:
         parts.append(f"![Samples]({GRID_NAME})")
@@ -159,6 +159,19 @@ def model_card(
     return ModelCard("\n\n".join(parts) + "\n")
 
 
+def _reads_captions(stages: Stages) -> bool:
+    return stages.prior is not None or isinstance(stages.decoder, GlideStage)
+
+
+def _what(stages: Stages) -> str:
+    if isinstance(stages.decoder, GlideStage):
+        return "A GLIDE model: it draws pictures from captions, which each of its networks reads."
+    return (
+        "A two-stage unCLIP (DALL-E 2) model: a prior draws a CLIP image embedding for a caption, "
+        "a decoder and upsamplers draw the picture."
+    )
+
+
 def _rows(stages: Stages) -> Iterator[str]:
     def row(name: str, what: str, module: nn.Module) -> str:
         count = sum(parameter.numel() for parameter in module.parameters())
@@ -168,7 +181,7 @@ def _rows(stages: Stages) -> Iterator[str]:
         name = "in `clip/`" if Path(clip.name).is_dir() else clip.name
         yield row("CLIP", f"{name}, embeddings of {clip.embed_dim}", clip)
     if (prior := stages.prior) is not None:
-        yield row("prior", f"causal transformer, {prior.config.network.depth} layers", prior)
+        yield row("prior", f"transformer, {prior.config.network.depth} layers", prior)
     if (decoder := stages.decoder) is not None:
         yield row("decoder", f"U-Net, {decoder.image_size} px", decoder)
     for upsampler in stages.upsamplers:
