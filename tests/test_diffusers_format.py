@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_parity
-from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from open_clip.tokenizer import bytes_to_unicode
@@ -406,25 +412,54 @@ def test_a_model_without_a_prior_draws_variations_of_a_picture(karlo: Path, tmp_
         pipe("a red circle")
 
 
-def test_a_kandinsky_prior_draws_image_embeddings(karlo: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "kandinsky"
-    for name in ("prior", "text_encoder", "tokenizer"):
-        shutil.copytree(karlo / name, folder / name)
-    shutil.copytree(karlo / "prior_scheduler", folder / "scheduler")
-    edit_json(folder / "scheduler/scheduler_config.json", clip_sample_range=10.0)
-    (folder / "model_index.json").write_text('{"_class_name": "KandinskyV22PriorPipeline"}')
-    add_image_encoder(folder, "image_processor")
-    stages = load_stages(folder, only={"clip", "prior"})
-    assert stages.prior.config.diffusion.clip_range == 10
-    text, empty = stages.clip.encode_text(["a red circle"]), stages.clip.encode_text([""])
-    embeds = stages.prior.sample(
-        text,
-        generators=[torch.Generator().manual_seed(0)],
-        guidance_scale=4.0,
-        num_inference_steps=3,
-        empty=empty,
+@torch.no_grad()
+def test_a_kandinsky_prior_draws_what_diffusers_draws(karlo: Path, tmp_path: Path) -> None:
+    theirs = KandinskyV22PriorPipeline(
+        prior=PriorTransformer.from_pretrained(karlo / "prior"),
+        image_encoder=add_image_encoder(tmp_path / "parts", "image_processor"),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(karlo / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(karlo / "tokenizer"),
+        scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log",
+            prediction_type="sample",
+            clip_sample_range=10.0,
+        ),
+        image_processor=CLIPImageProcessor.from_pretrained(tmp_path / "parts/image_processor"),
     )
-    assert embeds.shape == stages.clip.encode_image(torch.zeros(1, 3, 32, 32)).shape
+    folder = tmp_path / "kandinsky"
+    theirs.save_pretrained(folder)
+    stages = load_stages(folder, only={"clip", "prior"})
+    clip, prior = stages.clip, stages.prior
+    picture = torch.rand(1, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    image_embed = theirs.image_encoder((picture - mean) / std).image_embeds
+    torch.testing.assert_close(clip.encode_image(picture * 2 - 1), image_embed, rtol=0, atol=2e-5)
+
+    x_T, steps = torch.randn(1, WIDTH), 5
+    drawn = theirs(
+        "a red circle",
+        latents=x_T,
+        generator=torch.Generator().manual_seed(7),
+        guidance_scale=4.0,
+        num_inference_steps=steps,
+    ).image_embeds
+    text, empty = clip.encode_text(["a red circle"]), clip.encode_text([""])
+    everything = torch.ones(1, dtype=torch.bool)
+    x_0 = sample(
+        prior.network,
+        prior.config.diffusion,
+        (1, WIDTH),
+        context=prior.encode_context(text),
+        null_context=prior.encode_context(text, everything, empty),
+        guidance_scale=4.0,
+        sampler="ddpm",
+        num_inference_steps=steps,
+        generators=[torch.Generator().manual_seed(7)],
+        x_T=x_T,
+    )
+    # Their schedule is fp32, and at t = 0 it cancels.
+    torch.testing.assert_close(prior.denormalize(x_0), drawn, rtol=0, atol=3e-3)
+    assert load_stages(folder, only={"prior"}).sampling["prior_guidance_scale"] == 4.0
     with pytest.raises(FileNotFoundError, match="lacks a decoder"):
         load_stages(folder)
 
