@@ -211,3 +211,13 @@ def test_a_folder_that_is_no_whole_clip(trained: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="safetensors is missing"):
         load_clip(str(folder))
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14/openai", "hf-hub:nobody/nothing"])
+def test_a_clip_that_cannot_be_fetched_is_said(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"{name} is not on this computer and cannot be"):
+        load_clip(name)

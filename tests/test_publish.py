@@ -1,5 +1,6 @@
 """The Hub for real: huggingface_hub's own client against a stand-in on this computer."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,9 @@ def test_files_within_a_repository_go_by_their_path(
         resolve("org/zoo")
     with pytest.raises(FileNotFoundError, match=r"org/zoo/nowhere holds no safetensors, but"):
         resolve("org/zoo/nowhere")
+
+    shutil.copy(folder / "prior.pth", there)  # as who fetches a repository whole has it
+    assert load_stages("org/zoo", only={"prior"}).prior is not None
 
     model = {str(p.relative_to(tiny_model)): p.read_bytes() for p in tiny_model.rglob("*.*")}
     hub.files["org/many"] = {f"first/{name}": body for name, body in model.items()}

@@ -102,7 +102,7 @@ def load_openclip(name: str) -> OpenCLIP:
 
     Raises:
         ValueError: no such model or tag, with the nearest that there is; or a damaged folder.
-        FileNotFoundError: a folder that is no CLIP.
+        FileNotFoundError: a folder that is no CLIP, or a CLIP that cannot be fetched.
     """
     if (folder := Path(name)).is_dir():
         if not (folder / CONFIG_NAME).is_file():
@@ -121,8 +121,7 @@ def load_openclip(name: str) -> OpenCLIP:
             raise ValueError(f"the CLIP in {folder} cannot be loaded: {error}") from error
         return OpenCLIP(model, tokenizer, name)
     if name.startswith("hf-hub:"):
-        model = open_clip.create_model(name)
-        return OpenCLIP(model, open_clip.get_tokenizer(name), name)
+        return _fetched(name, name, None)
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
         near = difflib.get_close_matches(architecture, open_clip.list_models(), 1) or ["ViT-L-14"]
@@ -133,8 +132,20 @@ def load_openclip(name: str) -> OpenCLIP:
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         raise ValueError(f"open_clip has no weights {tag!r} for {architecture}: use {sorted(tags)}")
-    model = open_clip.create_model(architecture, pretrained=tag)
-    return OpenCLIP(model, open_clip.get_tokenizer(architecture), name)
+    return _fetched(name, architecture, tag)
+
+
+def _fetched(name: str, architecture: str, tag: str | None) -> OpenCLIP:
+    """A CLIP of open_clip's, from its cache or the Hub."""
+    try:
+        model = open_clip.create_model(architecture, pretrained=tag)
+        return OpenCLIP(model, open_clip.get_tokenizer(architecture), name)
+    except (OSError, RuntimeError) as error:  # no network, no such repository; a download cut short
+        reason = str(error).strip().split("\n")[0][:200]
+        raise FileNotFoundError(
+            f"the CLIP {name} is not on this computer and cannot be fetched ({reason}): connect to "
+            "the network once, or name a folder that holds it"
+        ) from error
 
 
 def new_clip(model_cfg: dict[str, Any], vocabulary: Path) -> tuple[nn.Module, SimpleTokenizer]:

@@ -66,7 +66,9 @@ def resolve(name: str | Path) -> Path:
             f"had ({type(error).__name__}: {reason}); shipped models: {_listed()}"
         ) from error
     found = Path(snapshot, *inside)
-    if not found.exists() or not (found.is_file() or any(found.rglob("*.safetensors"))):
+    # Pickles are here where someone has fetched them before.
+    files = [*found.glob("*"), *found.rglob("*.safetensors")] if found.is_dir() else [found]
+    if not any(file.is_file() and file.suffix in (".safetensors", *PICKLES) for file in files):
         raise FileNotFoundError(_nothing_in(name, repository, revision))
     return found
 
