@@ -186,3 +186,13 @@ def test_a_gpu_gives_what_the_cpu_gives():
         assert there.is_cuda
         # JPEG rounds: a tiny difference before it may be a grey level or two after it
         assert (there.cpu() - here).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["blur", "bsr"])
+def test_autocast_changes_nothing(kind):
+    images, config = random_images(2), DegradationConfig(kind=kind)
+    plain = degrade(images, config, torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = degrade(images, config, torch.Generator().manual_seed(3))
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)

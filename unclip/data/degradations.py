@@ -78,15 +78,17 @@ class DegradationConfig:
 
 
 def degrade(images: Tensor, config: DegradationConfig, generator: Generators) -> Tensor:
-    """Degrade [B, 3, H, W] in [-1, 1] as `config` says; the shape and the range stay."""
+    """Degrade [B, 3, H, W] in [-1, 1] as `config` says; the shape and the range stay, and so does
+    fp32 within autocast, in which a blur would leave pictures of 8 bits' precision."""
     if config.kind == "none":
         return images
-    if config.kind == "bsr":
-        return bsr_degradation(images, generator=generator)
-    if config.sigma_range is None:
-        return gaussian_blur(images, config.kernel_size, config.sigma)
-    sigmas = [_uniform(*config.sigma_range, g) for g in _one_each(generator, len(images))]
-    return gaussian_blur(images, config.kernel_size, torch.tensor(sigmas))
+    with torch.autocast(images.device.type, enabled=False):
+        if config.kind == "bsr":
+            return bsr_degradation(images, generator=generator)
+        if config.sigma_range is None:
+            return gaussian_blur(images, config.kernel_size, config.sigma)
+        sigmas = [_uniform(*config.sigma_range, g) for g in _one_each(generator, len(images))]
+        return gaussian_blur(images, config.kernel_size, torch.tensor(sigmas))
 
 
 def gaussian_blur(images: Tensor, kernel_size: int = 3, sigma: float | Tensor = 0.6) -> Tensor:
