@@ -7,6 +7,8 @@ same command again goes on with those that are not.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -42,6 +44,9 @@ from unclip.hub import load_clip_of
 from unclip.training.batches import collate
 
 log = logging.getLogger(__name__)
+
+RESULTS = ("rows", "unreadable", "pieces")
+"""What the manifest says only when the last piece is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +150,7 @@ def describe(config: EmbedConfig, clip: FrozenCLIP, rows: int) -> dict[str, Any]
         "rows_per_piece": config.rows_per_piece,
         "source": source,
         "source_rows": rows,
-        "pieces": None,
+        **dict.fromkeys(RESULTS),
     }
 
 
@@ -158,24 +163,20 @@ def open_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     there = read_manifest(folder)
     if there is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        path = folder / MANIFEST_NAME
+        # What a run left that was killed while it wrote the manifest is no other thing.
+        if folder.is_dir() and {*folder.iterdir()} - {_aside(path)}:
             raise ValueError(
                 f"out must be a new folder, or one that this command wrote; got {folder}, which "
-                f"holds other things: choose another --out"
+                "holds other things: choose another --out"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / MANIFEST_NAME, manifest)
-        except OSError as error:
-            raise OSError(
-                f"cannot write {folder}: {error.strerror}; choose another --out"
-            ) from error
+        _write_json(path, manifest)
         return
     # A CLIP may have moved; its weights are the same by their fingerprint.
     changed = [
         f"{name}: {old} there, {new} here"
         for name, old, new in _differences(there, manifest)
-        if name not in ("clip.name", "pieces")
+        if name not in ("clip.name", *RESULTS)
     ]
     if changed:
         raise ValueError(
@@ -196,24 +197,31 @@ def _differences(
             yield prefix + key, one, other
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file aside and rename it into place; what a stop leaves aside is written over."""
-    aside = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(exist_ok=True)
-    write(aside)
-    os.replace(aside, path)
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it into place; what a kill leaves aside is written over.
+
+    Raises:
+        OSError: it cannot be written whole; then nothing is left aside.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _aside(path).write_bytes(data)
+        os.replace(_aside(path), path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _aside(path).unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"could not write {path}: {reason}; mend that, and the same command goes on from there"
+        ) from error
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    _write(path, lambda aside: aside.write_text(json.dumps(values, indent=1) + "\n"))
-
-
-def _save_rows(rows: np.ndarray) -> Callable[[Path], None]:
-    def save(path: Path) -> None:
-        with path.open("wb") as file:  # given a path, numpy adds .npy to it
-            np.save(file, rows)
-
-    return save
+    _write(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _record_path(folder: Path, number: str) -> Path:
@@ -251,10 +259,16 @@ def write_piece(
         columns: of the metadata.
         unreadable: row of the source -> why it is left out.
     """
+    # Files are made in memory: numpy, given a file, does not notice when the last of an array fails
+    # to get to a full disk.
     for kind, batches in embeds.items():
-        _write(file_of(folder, kind, number), _save_rows(np.concatenate(batches)))
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(batches))
+        _write(file_of(folder, kind, number), buffer.getvalue())
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    _write(file_of(folder, "metadata", number), lambda aside: pq.write_table(table, aside))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    _write(file_of(folder, "metadata", number), buffer.getvalue())
     files = {}
     for kind in (*embeds, "metadata"):
         path = file_of(folder, kind, number)
