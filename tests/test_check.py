@@ -8,17 +8,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_tiny_clip
 from PIL import Image
-from test_embed import SPOILT, cache_in_tmp, clip_folder, copied, pictures, spoil, written
+from test_embed import SPOILT, spoil
 
 from unclip.data.__main__ import main
-
-__all__ = ["cache_in_tmp", "clip_folder", "copied", "pictures", "written"]  # fixtures
 
 
 def png(size: tuple[int, int] = (8, 8)) -> bytes:
@@ -34,6 +33,11 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return path
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import full_disk, write_tiny_clip
-from PIL import Image
+from conftest import embed_flags, full_disk, write_tiny_clip
 from safetensors.torch import load_file
 from test_training import ROOT, words
 
@@ -34,44 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the caption has more than 20 tok
 @pytest.fixture(autouse=True)
 def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten captioned pictures in a folder."""
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for k in range(10):
-        pixels = noise.integers(256, size=(8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 36)).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text(f"picture {k}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tiny_model: Path) -> Path:
-    return tiny_model / "clip"
-
-
-def flags(pictures: Path, clip: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("--data", str(pictures), "--clip", str(clip), "--out", str(out)),
-        *("--rows-per-piece", "4", "--batch-size", "3", "--num-workers", "0", *more),
-    ]
-
-
-@pytest.fixture(scope="session")
-def written(pictures: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embeddings of the ten, in pieces of four; treat as read-only."""
-    out = tmp_path_factory.mktemp("written") / "embeddings"
-    embed(flags(pictures, clip_folder, out, "--text"))
-    return out
-
-
-@pytest.fixture
-def copied(written: Path, tmp_path: Path) -> Path:
-    """The same, to spoil."""
-    return Path(shutil.copytree(written, tmp_path / "copied"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -131,7 +92,7 @@ def test_a_finished_piece_is_left_and_a_broken_one_redone(
     kept = (copied / "img_emb/img_emb_0000.npy").stat().st_mtime_ns
     (copied / "img_emb/img_emb_0001.npy").write_bytes(b"half")
     (copied / "metadata/metadata_0002.parquet").unlink()
-    embed(flags(pictures, clip_folder, copied, "--text"))
+    embed(embed_flags(pictures, clip_folder, copied, "--text"))
     assert contents(copied) == before
     assert (copied / "img_emb/img_emb_0000.npy").stat().st_mtime_ns == kept
 
@@ -145,17 +106,17 @@ def test_a_full_disk_loses_one_piece(
 ) -> None:
     out = tmp_path / "out"
     with full_disk(200), pytest.raises(SystemExit):
-        embed(flags(pictures, clip_folder, out, "--text"))
+        embed(embed_flags(pictures, clip_folder, out, "--text"))
     assert f"could not write {out / 'manifest.json'}" in one_line(capsys)
-    embed(flags(pictures, clip_folder, out, "--text"))
+    embed(embed_flags(pictures, clip_folder, out, "--text"))
     for path in [*out.glob("*/*_0001.*"), *out.glob("*/*_0002.*")]:
         path.unlink()
     with full_disk(200), pytest.raises(SystemExit):
-        embed(flags(pictures, clip_folder, out, "--text"))
+        embed(embed_flags(pictures, clip_folder, out, "--text"))
     assert f"could not write {out / 'img_emb/img_emb_0001.npy'}" in one_line(capsys)
     with pytest.raises(ValueError, match="piece 0001"):
         EmbeddingDataset(out)
-    embed(flags(pictures, clip_folder, out, "--text"))
+    embed(embed_flags(pictures, clip_folder, out, "--text"))
     assert contents(out) == contents(written)
 
 
@@ -198,7 +159,7 @@ def test_two_ranks_share_the_pieces_and_write_the_same(
 ) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     options = ["--multi_gpu", "--main_process_port", "0", "-m", "unclip.embed"]
-    arguments = flags(pictures, clip_folder, tmp_path / "out", "--text")
+    arguments = embed_flags(pictures, clip_folder, tmp_path / "out", "--text")
     done = subprocess.run(
         [*launcher, *options, *arguments],
         env=ENVIRONMENT,
@@ -220,7 +181,7 @@ def test_what_cannot_be_read_is_left_out_of_all_files_alike(
     (spoilt / "1.png").write_bytes(b"")
     (spoilt / "6.png").write_bytes(b"no picture")
     out = tmp_path / "out"
-    embed(flags(spoilt, clip_folder, out, "--text", "--max-unreadable", "0.5"))
+    embed(embed_flags(spoilt, clip_folder, out, "--text", "--max-unreadable", "0.5"))
     keys = [pq.read_table(out / f"metadata/metadata_000{k}.parquet")["key"] for k in range(3)]
     assert [k for column in keys for k in column.to_pylist()] == [
         f"{k}.png" for k in (0, 2, 3, 4, 5, 7, 8, 9)
@@ -277,7 +238,7 @@ def test_bad_settings(
     before = contents(copied)
     arguments = [str(places.get(word, word)) for word in change]
     with pytest.raises(SystemExit):
-        embed([*flags(pictures, clip_folder, copied, "--text"), *arguments])
+        embed([*embed_flags(pictures, clip_folder, copied, "--text"), *arguments])
     assert said in one_line(capsys)
     assert contents(copied) == before
 

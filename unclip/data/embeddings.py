@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import mmap
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -277,11 +278,15 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         if self._maps is None:
             self._maps = [open_rows(piece.images) for piece in self.pieces]
         embeds = np.empty((len(indices), self.embed_dim), np.float32)
+        touched = set()
         for k, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
             piece = bisect_right(self._starts, index) - 1
             embeds[k] = self._maps[piece][index - self._starts[piece]]
+            touched.add(piece)
+        for piece in touched:
+            _let_go(self._maps[piece])
         if not np.isfinite(embeds).all():
             k = int(np.isfinite(embeds).all(axis=1).argmin())
             piece = bisect_right(self._starts, indices[k]) - 1
@@ -294,6 +299,15 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             {"image_embed": embed, "caption": caption or ""}
             for embed, caption in zip(torch.from_numpy(embeds), captions, strict=True)
         ]
+
+
+def _let_go(rows: np.ndarray) -> None:
+    """Unmap what was read: each row brings its neighbours with it, up to 64 kB of them, and after
+    some thousand random rows all of a file would count as this process's memory. It stays in the
+    system's cache of files."""
+    mapped = getattr(rows, "_mmap", None)  # of numpy.memmap; it has no public name
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def find_caption_column(metadata: Path, named: str | None) -> str:
