@@ -228,19 +228,19 @@ def _record_path(folder: Path, number: str) -> Path:
     return folder / "pieces" / f"{number}.json"
 
 
-def record_of(folder: Path, number: str) -> dict[str, Any] | None:
-    """The record of a piece, if it is done and its files are there whole."""
-    path = _record_path(folder, number)
-    record = None
-    if path.is_file():
-        record = json.loads(path.read_text())
-    elif (manifest := read_manifest(folder)) is not None and manifest["pieces"] is not None:
-        record = manifest["pieces"].get(number)
-    for name, file in (record or {"files": {}})["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            return None
-    return record
+def records_of(folder: Path, numbers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records of those pieces that are done and whose files are there whole."""
+    gathered = (read_manifest(folder) or {}).get("pieces") or {}
+    records = {}
+    for number in numbers:
+        path = _record_path(folder, number)
+        record = json.loads(path.read_text()) if path.is_file() else gathered.get(number)
+        if record is not None and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == file["bytes"]
+            for name, file in record["files"].items()
+        ):
+            records[number] = record
+    return records
 
 
 def write_piece(
@@ -310,9 +310,10 @@ def embed(config: EmbedConfig) -> None:
         for k, start in enumerate(starts)
     }
     own = list(pieces)[accelerator.process_index :: accelerator.num_processes]
-    todo = {n: pieces[n] for n in own if record_of(config.out, n) is None}
-    if len(own) > len(todo) and accelerator.is_main_process:
-        print(f"{len(own) - len(todo)} of {len(own)} pieces are done already")
+    done = records_of(config.out, own)
+    todo = {number: pieces[number] for number in own if number not in done}
+    if done and accelerator.is_main_process:
+        print(f"{len(done)} of {len(own)} pieces are done already")
     _embed_pieces(todo, Rows(dataset), clip.to(accelerator.device), config, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -382,11 +383,12 @@ def _half(embeds: torch.Tensor, clip: str) -> np.ndarray:
 
 def _finish(folder: Path, manifest: Mapping[str, Any], numbers: Sequence[str]) -> None:
     """Gather the pieces' records into the manifest, and say what was left out."""
-    records: dict[str, Any] = {}
-    for number in numbers:
-        record = record_of(folder, number)
-        assert record is not None, f"piece {number} has vanished"
-        records[number] = record
+    records = records_of(folder, numbers)
+    if vanished := [number for number in numbers if number not in records]:
+        raise ValueError(
+            f"out must be left alone while it is written; got {folder} without its pieces "
+            f"{', '.join(vanished[:3])}: run the same command again"
+        )
     totals = Counter[str]()
     for record in records.values():
         totals.update(rows=record["rows"], unreadable=record["unreadable"])
