@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the embeddings")
     parser.add_argument("--steps", type=int, default=30, help="training steps to time")
+    parser.add_argument("--threads", type=int, default=2, help="that compute a step")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     datasets.config.HF_DATASETS_CACHE = args.work / "cache"
@@ -137,7 +138,7 @@ def main() -> None:
     for rows, folder in folders.items():
         if not folder.is_dir():
             make(folder, rows, width)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     largest = folders[SIZES[-1]]
     print("| workers | rows a second | step, s | waits for data, s | share |")
     print("| --- | --- | --- | --- | --- |")
