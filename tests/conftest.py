@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,3 +167,48 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "model"
     save_stages(Stages(clip, prior, decoder, [upsampler]), folder, dtype=None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten captioned pictures in a folder."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for k in range(10):
+        pixels = noise.integers(256, size=(8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 36)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"picture {k}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tiny_model: Path) -> Path:
+    """The tiny model's CLIP."""
+    return tiny_model / "clip"
+
+
+def embed_flags(pictures: Path, clip: Path, out: Path, *more: str) -> list[str]:
+    """The command line that embeds a folder's pictures in pieces of four."""
+    return [
+        *("--data", str(pictures), "--clip", str(clip), "--out", str(out)),
+        *("--rows-per-piece", "4", "--batch-size", "3", "--num-workers", "0", *more),
+    ]
+
+
+@pytest.fixture(scope="session")
+def written(pictures: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embeddings of the ten, in pieces of four; treat as read-only."""
+    from unclip.training.embed import main
+
+    out = tmp_path_factory.mktemp("written") / "embeddings"
+    main(embed_flags(pictures, clip_folder, out, "--text"))
+    return out
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Path:
+    """The same, to spoil."""
+    return Path(shutil.copytree(written, tmp_path / "copied"))

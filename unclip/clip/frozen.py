@@ -154,11 +154,16 @@ class FrozenCLIP(nn.Module, ABC):
         self, dataset: Dataset[Any], rows: Sequence[int], batch_size: int = 64
     ) -> Tensor:
         """Embed the pictures of some rows of a data set as [len(rows), D], a few at a time: a data
-        set's pictures do not fit into memory together."""
+        set's pictures do not fit into memory together. Samples that bring an `image_embed` [D] are
+        taken by their word."""
         fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[row] for row in rows])
         embeds = []
         for start in range(0, len(rows), batch_size):
             samples = fetch(rows[start : start + batch_size])
+            if "image_embed" in samples[0]:
+                brought = torch.stack([sample["image_embed"] for sample in samples])
+                embeds.append(brought.float().to(self.device))
+                continue
             images = torch.stack([sample["image"] for sample in samples])
             embeds.append(self.encode_image(images.to(self.device)))
         return torch.cat(embeds)

@@ -135,6 +135,15 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
                     self._set_bad(row, index, error)
             index = (index + 1) % len(self)
 
+    def read(self, index: int) -> dict[str, Any]:
+        """Sample `index` as in epoch 0, and no other in its stead.
+
+        Raises ValueError or OSError if it cannot be read.
+        """
+        row = self._rows[index]
+        image = self._image(row, index, epoch=0)
+        return {"image": image, "caption": row["caption"].strip(), "key": _key(row, index)}
+
     @property
     def skipped(self) -> dict[str, str]:
         """The pictures found bad so far, by any worker: key -> reason."""

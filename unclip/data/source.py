@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from unclip.data.captioned import CaptionedConfig, CaptionedDataset
+from unclip.data.embeddings import EmbeddingDataset, is_embedding_folder
 from unclip.data.images import WHITE
 from unclip.data.shapes import ShapesConfig, ShapesDataset
 
@@ -18,7 +20,8 @@ class SourceConfig:
 
     data: str = "shapes"
     """`shapes` for the built-in world; else WebDataset tars (a path, a glob, a brace range), a
-    folder of captioned pictures, or a Hub data set `org/name`."""
+    folder of captioned pictures, a Hub data set `org/name`, or, for the prior, a folder of
+    embeddings (`img_emb/` and `metadata/`)."""
     image_size: int = 64
     """Pictures are resized and centre-cropped to this side, px."""
     crop_size: int | None = None
@@ -63,10 +66,11 @@ class FirstSamples(Dataset[dict[str, Any]]):
 def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
     """The data set that `config` names.
 
-    Its samples are dicts of ``image`` [3, S, S] in [-1, 1], ``caption`` and ``key``.
+    Its samples are dicts of ``image`` [3, S, S] in [-1, 1], ``caption`` and ``key``; those of a
+    folder of embeddings of ``image_embed`` [D] and ``caption``.
 
     Raises:
-        FileNotFoundError, ValueError: as `CaptionedDataset` does.
+        FileNotFoundError, ValueError: as `CaptionedDataset` and `EmbeddingDataset` do.
     """
     dataset = _open(config)
     if config.limit is None:
@@ -78,6 +82,8 @@ def _open(config: SourceConfig) -> Dataset[dict[str, Any]]:
     size: dict[str, Any] = {"image_size": config.image_size, "crop_size": config.crop_size}
     if config.data == "shapes":
         return ShapesDataset(replace(config.shapes, **size))
+    if is_embedding_folder(config.data):
+        return EmbeddingDataset(Path(config.data), config.caption_column)
     return CaptionedDataset(
         CaptionedConfig(
             data=config.data,

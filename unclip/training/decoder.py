@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.degradations import DegradationConfig, degrade, downsample
+from unclip.data.embeddings import is_embedding_folder
 from unclip.data.images import resize
 from unclip.data.shapes import ShapesDataset
 from unclip.data.source import SourceConfig, open_source
@@ -399,6 +400,11 @@ def train(config: TrainDecoderConfig) -> None:
         own = config.upsampler
         if config.init is not None:
             initial = _upsampler_of(config.init, own.network.unet.image_size)
+    if is_embedding_folder(config.source.data):
+        raise ValueError(
+            f"source.data must hold pictures to train a decoder on; got {config.source.data}, a "
+            "folder of embeddings: name what they were made of"
+        )
     dataset = open_source(config.source)
     examples = _first_samples(dataset, config.preview.num_images)
     if isinstance(initial, GlideStage):

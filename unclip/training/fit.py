@@ -269,7 +269,8 @@ def fit(
 
     Args:
         objective: what to train.
-        dataset: map-style; samples are dicts with `image` [3, H, W] in [-1, 1] and `caption`.
+        dataset: map-style; samples are dicts with `image` [3, H, W] in [-1, 1] and `caption`, or
+            whatever else the objective reads.
         config: how.
         run: folder of this run.
         resolved: the whole config in plain values, written into the folder.

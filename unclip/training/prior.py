@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
-from unclip.data.source import SourceConfig, open_source
+from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.source import FirstSamples, SourceConfig, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss
 from unclip.hub import Stages, check_stages, write_run_model
 from unclip.lora import LoRAConfig
@@ -55,11 +56,11 @@ class TrainPriorConfig:
     lora: LoRAConfig | None = None
     """Train a low-rank adapter of the init's prior instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
-    """Captioned pictures."""
+    """Captioned pictures, or a folder of embeddings that `unclip.embed` or clip-retrieval wrote."""
     prior: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
     """Network and diffusion; the widths of embeddings and encodings are taken from the CLIP."""
     statistics_samples: int = 4096
-    """How many pictures the embeddings' mean and std are measured on before the first step, where
+    """How many samples the embeddings' mean and std are measured on before the first step, where
     the prior starts at random."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The loop."""
@@ -90,9 +91,13 @@ class PriorObjective(Objective):
         self.frozen = (clip,)
 
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss of B captioned pictures; `cosine` is that of the predicted to the true z_i."""
+        """Loss of B captioned pictures, or of B captions with the `image_embed` [B, D] of theirs;
+        `cosine` is that of the predicted to the true z_i."""
         (clip,), prior = self.frozen, self.network
-        image_embed = clip.encode_image(batch["image"])
+        if "image_embed" in batch:
+            image_embed = batch["image_embed"].float()
+        else:
+            image_embed = clip.encode_image(batch["image"])
         text = clip.encode_text(batch["caption"]).trimmed()
         x_0 = prior.normalize(image_embed)
         timesteps, noise = draw(x_0, self.schedule, generator)
@@ -125,6 +130,44 @@ def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
     return [row * stride for row in range(count)]
 
 
+def check_embeddings(dataset: EmbeddingDataset, clip: FrozenCLIP, named: str | None) -> None:
+    """Raise ValueError unless a folder's embeddings are of this CLIP.
+
+    Args:
+        dataset: the folder.
+        clip: what the prior stands on.
+        named: the config's `clip`.
+    """
+    folder, manifest = dataset.folder, dataset.manifest
+    if manifest is None and named is None:
+        raise ValueError(
+            f"clip must be named for embeddings without a manifest; got {folder}, which does not "
+            "say what made it: pass the CLIP that did, such as --clip ViT-L-14/openai"
+        )
+    theirs = None if manifest is None else manifest["clip"]
+    if theirs is not None and theirs["fingerprint"] != clip.fingerprint():
+        raise ValueError(
+            f"clip must be the one that made the embeddings in {folder}, {theirs['name']} "
+            f"({theirs['fingerprint']}); got {clip.name} ({clip.fingerprint()}): pass --clip "
+            f"{theirs['name']}, or embed the pictures again with --clip {clip.name}"
+        )
+    if dataset.embed_dim != clip.embed_dim:
+        raise ValueError(
+            f"clip must be as wide as the embeddings in {folder}, {dataset.embed_dim}; got "
+            f"{clip.name}, {clip.embed_dim}: pass the CLIP that made them"
+        )
+    # Without a manifest nothing else tells Karlo's CLIP from OpenAI's: their weights are the same.
+    rows = spread_rows(dataset, 64)
+    norms = clip.encode_rows(dataset, rows).norm(dim=1)
+    unit_norm = bool(((norms - 1).abs() < 0.01).all())
+    if unit_norm != clip.unit_norm:
+        raise ValueError(
+            f"clip must give {'normalised' if unit_norm else 'unnormalised'} embeddings, as those "
+            f"in {folder} are, of norms {norms.min():.2f} to {norms.max():.2f}; got {clip.name}, "
+            "whose are not: pass the CLIP of a model of the same family"
+        )
+
+
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Parse the command line and train."""
     config = parse(TrainPriorConfig, argv, default_config=default_config, description=__doc__)
@@ -138,6 +181,9 @@ def train(config: TrainPriorConfig) -> None:
     clip = clip_for_training(config.clip, base, config.init)
     config = replace(resolve(config, clip), base=base)
     dataset = open_source(config.source)
+    read = dataset.dataset if isinstance(dataset, FirstSamples) else dataset
+    if isinstance(read, EmbeddingDataset):
+        check_embeddings(read, clip, config.clip)
     torch.manual_seed(config.fit.seed)
     if config.init is not None:
         prior = start_from(stage_of(config.init, "prior"), config.prior)
