@@ -2,12 +2,15 @@
 
     python benchmarks/data_loading.py speed "emoji/64/train-*.tar" --size 64
     python benchmarks/data_loading.py resume --samples 1000000
+    python benchmarks/data_loading.py soak --samples 1000000
 
 `speed` reads, decodes, transforms and collates the same pictures in one process on one thread, by
 each loader in turn, several times over; what counts is the ratio within one run.  ImageFolder gets
 the pictures unpacked into a folder, without captions.  `resume` writes tiny tars, indexes them, and
 then measures in a process of its own how long it takes to open them and give the first batch at 90%
-of an epoch.
+of an epoch.  `soak` reads an epoch of tiny tars by two ranks with four workers each, killing one
+rank three times and starting it anew at the batch it had come to; at the end every sample must have
+been read exactly once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import glob
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -28,6 +32,7 @@ from statistics import median
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -191,6 +196,87 @@ def first_batch(folder: Path, samples: int) -> dict[str, float]:
     return {"seconds": seconds, "megabytes": (after - before) / 1024}
 
 
+def soak(samples: int, ranks: int, workers: int, kills: int) -> dict[str, Any]:
+    """Each rank notes the batches it has finished, as training does with its steps."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tiny_tars(folder, samples)
+        first_batch(folder, samples)  # makes the index
+        batches = samples // SOAK_BATCH
+
+        def start(rank: int) -> subprocess.Popen[bytes]:
+            command = [sys.executable, __file__, "rank", name, str(samples)]
+            return subprocess.Popen([*command, str(rank), str(ranks), str(workers)])
+
+        def done(rank: int) -> int:
+            log = folder / f"rank-{rank}.bin"
+            return log.stat().st_size // rank_record(ranks).itemsize if log.exists() else 0
+
+        running = [start(rank) for rank in range(ranks)]
+        for kill in range(1, kills + 1):
+            while done(ranks - 1) < batches * kill // (kills + 1):
+                time.sleep(0.2)
+            running[-1].kill()
+            running[-1].wait()
+            running[-1] = start(ranks - 1)
+        if any(process.wait() for process in running):
+            raise RuntimeError("a rank has failed")
+        records = [
+            np.fromfile(folder / f"rank-{rank}.bin", rank_record(ranks)) for rank in range(ranks)
+        ]
+    keys = np.concatenate([record["keys"].ravel() for record in records])
+    return {
+        "samples": len(keys),
+        "different": len(np.unique(keys)),
+        "times a rank was killed": kills,
+        "memory of rank 0 and its workers at a tenth and at the end, MB": [
+            int(records[0]["megabytes"][round(at * (len(records[0]) - 1))]) for at in (0.1, 1.0)
+        ],
+    }
+
+
+SOAK_BATCH = 1000
+
+
+def rank_record(ranks: int) -> np.dtype[Any]:
+    return np.dtype([("megabytes", "<i8"), ("keys", "<i8", (SOAK_BATCH // ranks,))])
+
+
+def rank_of_soak(folder: Path, samples: int, rank: int, ranks: int, workers: int) -> None:
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    log, dtype = folder / f"rank-{rank}.bin", rank_record(ranks)
+    done = log.stat().st_size // dtype.itemsize if log.exists() else 0
+    with log.open("ab") as file:
+        file.truncate(done * dtype.itemsize)  # what it was writing when it was killed
+        dataset = open_source(SourceConfig(data=str(folder / "*.tar"), image_size=8))
+        order = GlobalBatches(
+            dataset,
+            batch_size=SOAK_BATCH,
+            micro_batch_size=SOAK_BATCH // ranks,
+            rank=rank,
+            num_processes=ranks,
+            first_batch=done,
+        )
+        stream = iter(loader(dataset, order, workers))
+        record = np.zeros((), dtype)
+        for number in range(done, samples // SOAK_BATCH):
+            record["keys"] = [int(key) for key in next(stream)["key"]]
+            if number % 100 == 0 or number == samples // SOAK_BATCH - 1:
+                record["megabytes"] = memory_of_family()
+            file.write(record.tobytes())
+            file.flush()
+
+
+def memory_of_family() -> int:
+    """Proportional set size of this process and its workers, MB: shared pages count once."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for pid in (str(os.getpid()), *children):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total // 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     commands = parser.add_subparsers(dest="command", required=True)
@@ -204,11 +290,25 @@ def main() -> None:
     inner = commands.add_parser("first-batch")
     inner.add_argument("folder", type=Path)
     inner.add_argument("samples", type=int)
+    long = commands.add_parser("soak", help="every sample exactly once, though a rank is killed")
+    long.add_argument("--samples", type=int, default=1_000_000)
+    long.add_argument("--ranks", type=int, default=2)
+    long.add_argument("--workers", type=int, default=4)
+    long.add_argument("--kills", type=int, default=3)
+    one = commands.add_parser("rank")
+    one.add_argument("folder", type=Path)
+    for number in ("samples", "rank", "ranks", "workers"):
+        one.add_argument(number, type=int)
     args = parser.parse_args()
+    if args.command == "rank":
+        rank_of_soak(args.folder, args.samples, args.rank, args.ranks, args.workers)
+        return
     if args.command == "speed":
         result = speed(args.pattern, args.size, args.pictures, args.rounds)
     elif args.command == "resume":
         result = resume(args.samples)
+    elif args.command == "soak":
+        result = soak(args.samples, args.ranks, args.workers, args.kills)
     else:
         result = first_batch(args.folder, args.samples)
     print(json.dumps(result, indent=None if args.command == "first-batch" else 2))

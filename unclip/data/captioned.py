@@ -457,7 +457,7 @@ def _open_folder(folder: Path, config: CaptionedConfig) -> TableRows:
     captions: list[tuple[str, str, Any]]
     captions_file = next((folder / n for n in CAPTION_FILES if (folder / n).is_file()), None)
     if captions_file is not None:
-        captions = _read_captions(captions_file, config)
+        captions = read_caption_lines(captions_file, config)
         missing = [n for n, *_ in captions if n not in pictures and not (folder / n).is_file()]
         if missing:
             raise ValueError(
@@ -525,7 +525,7 @@ def _passes(where: str, columns: dict[str, Column], length: int, source: str) ->
     return kept
 
 
-def _read_captions(file: Path, config: CaptionedConfig) -> list[tuple[str, str, Any]]:
+def read_caption_lines(file: Path, config: CaptionedConfig) -> list[tuple[str, str, Any]]:
     """The lines of a csv or jsonl file: a picture's path within the folder, its caption, and the
     whole line."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
