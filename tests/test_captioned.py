@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 
@@ -346,6 +347,19 @@ def test_a_tar_that_vanishes_while_it_is_read(tars):
     assert ds[2, 1]["key"] == "20"
     assert ds.skips["file that has gone or changed"] == 2
     assert list(ds.skipped) == ["10", "11"]
+
+
+def test_a_tar_that_changes_while_it_is_read(tars):
+    ds = open_set(tars)
+    os.utime(tars / "t-00001.tar", ns=(0, 0))
+    assert ds[2]["key"] == "20"
+    assert ds.skipped["10"].endswith("t-00001.tar has changed since it was indexed")
+
+
+def test_many_tars_are_indexed_at_once(tmp_path):
+    for k in range(9):
+        write_tar(tmp_path / f"{k}.tar", {f"{k}": {"png": plain(), "txt": b"c"}})
+    assert [key for key, _ in pairs(open_set(tmp_path))] == [str(k) for k in range(9)]
 
 
 def test_a_tar_is_read_in_place_and_indexed_once(tars):

@@ -324,20 +324,25 @@ def _fingerprint(path: str) -> tuple[str, int, str]:
 # A process keeps its last tars open. Reads name their offset, so that those opened before a fork
 # may be shared by the workers.
 @functools.lru_cache(OPEN_FILES)
-def _opened(path: str, size: int) -> io.FileIO:
+def _opened(path: str, changed: str) -> io.FileIO:
     file = io.FileIO(path)
-    if os.fstat(file.fileno()).st_size != size:
+    if str(os.fstat(file.fileno()).st_mtime_ns) != changed:
+        file.close()
         raise OSError(f"{path} has changed since it was indexed")
     return file
 
 
-def _read(path: str, size: int, start: int, end: int) -> bytes:
-    if is_remote(path):
-        # Asked for anew each time: fsspec keeps the connection, and makes another after a fork.
-        system, within = fsspec.core.url_to_fs(path)
-        content = system.cat_file(within, start=start, end=end)
+def _read(path: str, changed: str, start: int, end: int) -> bytes:
+    """Some bytes of a tar. Raises OSError if it has gone or changed, or cannot be reached."""
+    if not is_remote(path):
+        content = os.pread(_opened(path, changed).fileno(), end - start, start)
     else:
-        content = os.pread(_opened(path, size).fileno(), end - start, start)
+        try:
+            # Asked for anew each time: fsspec keeps the connection, and makes another after a fork.
+            system, within = fsspec.core.url_to_fs(path)
+            content = system.cat_file(within, start=start, end=end)
+        except Exception as error:  # each kind of address has errors of its own
+            raise OSError(f"{path} cannot be read: {error}") from error
     if len(content) != end - start:
         raise OSError(f"{path} ends before byte {end}: it has changed since it was indexed")
     return content
@@ -372,7 +377,7 @@ class TarRows:
         # How a path goes through fsspec may need the network: ask for all at once.
         with ThreadPoolExecutor(32) as threads:
             prints = list(threads.map(_fingerprint, self.files))
-        self._sizes = [size for _, size, _ in prints]
+        self._changed = [changed for _, _, changed in prints]
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "unclip_tars"
         beside = [_sidecar_time(file) for file in self.files] if where else []
         self._folder = cache / f"set-{_name_of(prints, caption_key, where, beside)}"
@@ -382,7 +387,7 @@ class TarRows:
             with FileLock(cache / f".{self._folder.name}.lock"):
                 if not (self._folder / "about.json").is_file():
                     parts = [cache / f"tar-{_name_of(p, caption_key)}.npz" for p in prints]
-                    _index_missing(self.files, self._sizes, parts, caption_key)
+                    _index_missing(self.files, [size for _, size, _ in prints], parts, caption_key)
                     _join(self.files, parts, caption_key, where, self._folder)
         about = json.loads((self._folder / "about.json").read_text())
         self.dropped: dict[str, int] = about["dropped"]
@@ -438,13 +443,13 @@ class TarRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         tar, _, _, image_at, image_size, caption_at, caption_size = self._records[index].item()
         spans = [(image_at, image_at + image_size), (caption_at, caption_at + caption_size)]
-        path, size = self.files[tar], self._sizes[tar]
+        path, changed = self.files[tar], self._changed[tar]
         start, end = min(spans)[0], max(spans)[1]
         if end - start <= image_size + caption_size + READ_TOGETHER:
-            content = _read(path, size, start, end)
+            content = _read(path, changed, start, end)
             image, caption = (content[a - start : b - start] for a, b in spans)
         else:
-            image, caption = (_read(path, size, a, b) for a, b in spans)
+            image, caption = (_read(path, changed, a, b) for a, b in spans)
         return {"captions": read_captions(caption, self._path), "image": image}
 
 
@@ -461,7 +466,7 @@ def _index_missing(
         return
     remote = is_remote(files[0])  # waits for the network, where the others wait for the processor
     pool: Callable[[int], Executor] = ThreadPoolExecutor if remote else ProcessPoolExecutor
-    workers = 32 if remote else len(os.sched_getaffinity(0))
+    workers = 32 if remote else os.cpu_count() or 1
     job = functools.partial(_index_one, caption_key=caption_key)
     jobs = [(files[k], sizes[k], parts[k]) for k in todo]
     bar = functools.partial(tqdm, total=len(todo), desc="indexing", unit="tar", disable=None)
