@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -284,15 +286,103 @@ def test_a_tar_cut_off_is_not_taken_for_a_short_one(tmp_path):
     samples = {f"k{i}": {"png": encode(noise(seed=i)), "txt": b"c"} for i in range(4)}
     tar = write_tar(tmp_path / "a.tar", samples)
     tar.write_bytes(tar.read_bytes()[:9000])
-    with pytest.raises(ValueError, match=r"a.tar must end with zeros; got a tar cut off"):
+    with pytest.raises(ValueError, match=r"must hold whole tars; got 1 of 1 .*a.tar: it is cut"):
         open_set(tar)
 
 
-def test_a_caption_that_is_no_text_stops_the_opening(tmp_path):
-    samples = {"a": {"png": plain(), "txt": b"one"}, "b": {"png": plain(), "txt": b"\xe9"}}
+def test_what_lies_before_the_damage_of_a_tar_is_used(tmp_path, caplog):
+    samples = {f"k{i}": {"png": encode(noise(seed=i)), "txt": b"c"} for i in range(4)}
+    for name in ("a", "b", "c"):
+        write_tar(tmp_path / f"{name}.tar", samples)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:9000])
+    ds = open_set(tmp_path)
+    assert [key for key, _ in pairs(ds)] == ["k0", "k1", "k2", "k3", "k0", "k0", "k1", "k2", "k3"]
+    assert ds.dropped == {"cut off by the tar's end": 1}
+    assert f"{tmp_path / 'b.tar'} is damaged: it is cut off at byte 9000" in caplog.text
+
+
+def test_a_tar_that_holds_something_else_is_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(ValueError, match="there is no tar header at byte 0"):
+        open_set(tmp_path)
+
+
+def test_damaged_samples_of_a_tar_are_counted_by_cause(tmp_path, caplog):
+    samples = {f"k{i}": {"png": plain(), "txt": f"{i}".encode()} for i in range(7)}
+    samples["k1"]["txt"] = b"\xe9"
+    samples["k2"]["png"] = b""
+    samples["k3"] = {"txt": b"no picture"}
+    samples = {"../x" if key == "k4" else key: files for key, files in samples.items()}
     tar = write_tar(tmp_path / "a.tar", samples)
-    with pytest.raises(ValueError, match=r"a.tar must hold UTF-8 text .* got UnicodeDecodeError"):
-        open_set(tar)
+    ds = open_set(tar)
+    assert pairs(ds) == [("k0", "0"), ("k5", "5"), ("k6", "6")]
+    assert ds.dropped == {
+        "caption not in UTF-8 or no valid json": 1,
+        "picture of no bytes": 1,
+        "no picture": 1,
+        "name that leads out of the tar": 1,
+    }
+    assert "dropped 4 samples: 1 caption not in UTF-8" in caplog.text
+    with pytest.raises(ValueError, match=r"got 3 of 6 that are not .*raise max_bad_share \(0.1\)"):
+        open_set(tar, max_bad_share=0.1)
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_in_tars(tmp_path, format):
+    name = "é" + "n" * 150
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for extension, data in {"png": plain(), "txt": b"c"}.items():
+            info = tarfile.TarInfo(f"{name}.{extension}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert pairs(open_set(tmp_path)) == [(name, "c")]
+
+
+def test_a_tar_that_vanishes_while_it_is_read(tars):
+    ds = open_set(tars)
+    assert ds[0]["key"] == "00"
+    (tars / "t-00001.tar").unlink()
+    assert ds[2]["key"] == "20"  # the next good one stands in
+    assert ds[2, 1]["key"] == "20"
+    assert ds.skips["file that has gone or changed"] == 2
+    assert list(ds.skipped) == ["10", "11"]
+
+
+def test_a_tar_that_changes_while_it_is_read(tars):
+    ds = open_set(tars)
+    os.utime(tars / "t-00001.tar", ns=(0, 0))
+    assert ds[2]["key"] == "20"
+    assert ds.skipped["10"].endswith("t-00001.tar has changed since it was indexed")
+
+
+def test_many_tars_are_indexed_at_once(tmp_path):
+    for k in range(9):
+        write_tar(tmp_path / f"{k}.tar", {f"{k}": {"png": plain(), "txt": b"c"}})
+    assert [key for key, _ in pairs(open_set(tmp_path))] == [str(k) for k in range(9)]
+
+
+def test_a_tar_is_read_in_place_and_indexed_once(tars):
+    open_set(tars)
+    cache = tars / "cache/unclip_tars"
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    there = {file: file.stat().st_mtime_ns for file in cache.glob("tar-*")}
+    assert len(there) == 3 and size < 10_000
+    write_tar(tars / "t-00000.tar", {"n": {"png": plain(), "txt": b"new"}})
+    assert [key for key, _ in pairs(open_set(tars))] == ["n", "10", "11", "20", "21"]
+    later = {file: file.stat().st_mtime_ns for file in cache.glob("tar-*")}
+    assert len(later) == 4 and there.items() <= later.items()  # two were not read again
+
+
+def test_tars_at_a_remote_address(tars):
+    system = fsspec.filesystem("memory")
+    for tar in tars.glob("*.tar"):
+        system.pipe(f"/remote/{tar.name}", tar.read_bytes())
+    for pattern in ("/*.tar", "", "/t-{00000..00002}.tar"):
+        assert pairs(open_set(f"memory://remote{pattern}")) == pairs(open_set(tars))
+    with pytest.raises(FileNotFoundError, match="no file matches 'memory://remote/x"):
+        open_set("memory://remote/x-*.tar")
+    system.rm("/remote", recursive=True)
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
@@ -301,6 +391,10 @@ def test_a_pattern_that_matches_nothing_is_named(tmp_path):
             open_set(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"x-1.tar' \(from '.*x-\{1..2\}.tar'"):
         open_set(tmp_path / "x-{1..2}.tar")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds a.csv, sub/"):
+        open_set(tmp_path / "wrong/x-*.tar")
     with pytest.raises(FileNotFoundError, match=r"no file or folder '.*/nowhere'"):
         open_set(tmp_path / "nowhere")
 

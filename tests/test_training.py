@@ -211,6 +211,8 @@ def test_a_corrupt_picture_in_a_tar_is_skipped_counted_and_named(
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert said.startswith(f"skipped k2 of {tmp_path / 'a.tar'}: ")
     assert said.endswith("(1 of 6 so far)")
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["skipped/corrupt picture"] == 1
 
 
 def test_data_that_is_mostly_corrupt_ends_in_one_line(

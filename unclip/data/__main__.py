@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from unclip.config import one_line_errors
-from unclip.data import check
+from unclip.data import build, check
 
-COMMANDS = [
-    check,
-    # <- further modules with `add_commands(commands)`, one a line
-]
+COMMANDS = [check, build]
 
 
 def load_clip(name: str) -> Any:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from unclip.data.order import Integers, Order
 
 Index = int | tuple[int, int]
 
@@ -17,7 +20,14 @@ class GlobalBatches(Sampler[list[Index]]):
     Global batch k holds the same samples on any number of processes: positions k B to (k + 1) B of
     an endless sequence, each epoch of it a fresh permutation of the data set (an `endless` data set
     is its own sequence). The processes, and their accumulation steps, share it out in order. Data
-    sets that say they vary by epoch are asked for (index, epoch).
+    sets of several parts with `lengths` and `weights` are mixed, each part with epochs of its own;
+    those that say they vary by epoch are asked for (index, epoch).
+
+    Every index is computed from its position: starting anywhere costs nothing, however long the
+    data set is.
+
+    Raises:
+        ValueError: the data set has fewer samples than there are processes.
     """
 
     def __init__(
@@ -31,36 +41,41 @@ class GlobalBatches(Sampler[list[Index]]):
         first_batch: int = 0,
         seed: int = 0,
     ) -> None:
-        self.length = None if getattr(dataset, "endless", False) else len(dataset)  # type: ignore[arg-type]
-        if self.length == 0:
-            raise ValueError("the data set is empty: training needs at least one sample")
+        endless = getattr(dataset, "endless", False)
+        length = None if endless else len(dataset)  # type: ignore[arg-type]
+        if length is not None and length < num_processes:
+            raise ValueError(
+                f"data must hold a sample for each of {num_processes} processes; got {length}: "
+                "add data or start fewer processes"
+            )
         self.varies_by_epoch = getattr(dataset, "varies_by_epoch", False)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.num_processes = num_processes
         self.first_batch = first_batch
-        self.seed = seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        lengths = getattr(dataset, "lengths", [length])
+        weights = getattr(dataset, "weights", [1.0])
+        self._starts = np.cumsum([0, *lengths[:-1]])
+        self._order = None if endless else Order(lengths, weights, seed)
 
-    def _index(self, position: int) -> Index:
-        if self.length is None:
-            return position
-        epoch, offset = divmod(position, self.length)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
-        index = int(self._order[offset])
-        return (index, epoch) if self.varies_by_epoch else index
+    def _indices(self, positions: Integers) -> list[Index]:
+        if self._order is None:
+            return positions.tolist()
+        part, index, epoch = self._order(positions)
+        index += self._starts[part]
+        if not self.varies_by_epoch:
+            return index.tolist()
+        return list(zip(index.tolist(), epoch.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[list[Index]]:
-        shares = torch.arange(self.batch_size).view(-1, self.micro_batch_size)
+        shares = np.arange(self.batch_size).reshape(-1, self.micro_batch_size)
         accumulation = len(shares) // self.num_processes
         batch = self.first_batch
         while True:
             for k in range(accumulation):
-                rows = shares[self.rank * accumulation + k].tolist()
-                yield [self._index(batch * self.batch_size + row) for row in rows]
+                rows = shares[self.rank * accumulation + k]
+                yield self._indices(batch * self.batch_size + rows)
             batch += 1
 
 

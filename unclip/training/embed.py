@@ -88,6 +88,18 @@ class EmbedConfig:
                 f"source.crop_size must be null, for whole pictures are embedded; got "
                 f"{self.source.crop_size}: leave it out"
             )
+        drawn = {"crop": "random", "flip": True, "caption_choice": "random"}
+        for name, value in drawn.items():
+            if getattr(self.source, name) == value:
+                raise ValueError(
+                    f"source.{name} must not be drawn anew each epoch, for each sample is embedded "
+                    f"once; got {value}: leave it out"
+                )
+        if self.source.mix is not None:
+            raise ValueError(
+                "source.mix must be null, for its parts are read at other rates; got "
+                f"{len(self.source.mix)} parts: embed each into a folder of its own"
+            )
         if is_embedding_folder(self.source.data):
             raise ValueError(
                 f"source.data must hold pictures; got {self.source.data}, a folder of embeddings: "

@@ -367,6 +367,7 @@ def fit(
                 "samples": done * config.batch_size,
                 "samples_per_second": seen / (now - clock),
             }
+            metrics |= _skips(dataset, accelerator)
             clock, seen = now, 0
             bar.set_postfix(
                 loss=f"{metrics['loss']:.4g}", pictures_s=f"{metrics['samples_per_second']:.0f}"
@@ -399,6 +400,16 @@ def _save_preview(objective: Objective, path: Path) -> None:
     if pictures is not None:
         path.parent.mkdir(exist_ok=True)
         save_image((pictures.float().cpu() + 1) / 2, path, nrow=max(1, round(len(pictures) ** 0.5)))
+
+
+def _skips(dataset: Dataset[Any], accelerator: Accelerator) -> dict[str, float]:
+    """Samples that were skipped so far, by cause: the sum of what each process has come upon."""
+    skips: Mapping[str, int] = getattr(dataset, "skips", {})
+    counts = torch.tensor(list(skips.values()), dtype=torch.float, device=accelerator.device)
+    if len(skips) == 0:
+        return {}
+    total = accelerator.reduce(counts).tolist()
+    return {f"skipped/{k}": n for k, n in zip(skips, total, strict=True) if n}
 
 
 def _to_device(batch: dict[str, Any], device: torch.device, channels_last: bool) -> dict[str, Any]:
