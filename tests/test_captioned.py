@@ -286,7 +286,9 @@ def test_a_tar_cut_off_is_not_taken_for_a_short_one(tmp_path):
     samples = {f"k{i}": {"png": encode(noise(seed=i)), "txt": b"c"} for i in range(4)}
     tar = write_tar(tmp_path / "a.tar", samples)
     tar.write_bytes(tar.read_bytes()[:9000])
-    with pytest.raises(ValueError, match=r"must hold whole tars; got 1 of 1 .*a.tar: it is cut"):
+    with pytest.raises(
+        ValueError, match=r"must hold whole tars; got 1 of 1 .*a.tar: unexpected end"
+    ):
         open_set(tar)
 
 
@@ -299,12 +301,25 @@ def test_what_lies_before_the_damage_of_a_tar_is_used(tmp_path, caplog):
     ds = open_set(tmp_path)
     assert [key for key, _ in pairs(ds)] == ["k0", "k1", "k2", "k3", "k0", "k0", "k1", "k2", "k3"]
     assert ds.dropped == {"cut off by the tar's end": 1}
-    assert f"{tmp_path / 'b.tar'} is damaged: it is cut off at byte 9000" in caplog.text
+    assert f"{tmp_path / 'b.tar'} is damaged: unexpected end of data (9000" in caplog.text
+
+
+def test_a_tar_that_ends_between_members_or_in_something_else(tmp_path, caplog):
+    samples = {f"k{i}": {"png": plain(), "txt": b"c"} for i in range(4)}
+    whole = write_tar(tmp_path / "a.tar", samples).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        start = tar.getmember("k2.png").offset
+    for name, rest in {"b": b"", "c": b"something else " * 100}.items():
+        (tmp_path / f"{name}.tar").write_bytes(whole[:start] + rest)
+    ds = open_set(tmp_path, max_bad_share=0.9)
+    assert [key for key, _ in pairs(ds)] == ["k0", "k1", "k2", "k3", "k0", "k0"]
+    assert f"b.tar is damaged: it is cut off at byte {start}" in caplog.text
+    assert f"c.tar is damaged: there is no tar header at byte {start}" in caplog.text
 
 
 def test_a_tar_that_holds_something_else_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(ValueError, match="there is no tar header at byte 0"):
+    with pytest.raises(ValueError, match="invalid header"):
         open_set(tmp_path)
 
 

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 FORMAT = 1
 """Raised when what an index holds changes, so that those of older versions are made again."""
-BLOCK = 512
 READ_TOGETHER = 2**16
 """A picture and a caption that lie this close, in bytes, are fetched in one read."""
 OPEN_FILES = 128
@@ -83,67 +83,29 @@ class Member:
 def members(file: IO[bytes], size: int) -> Iterator[Member]:
     """The regular files of a tar of `size` bytes, in order; only headers are read.
 
-    `tarfile` would do, at several times the time, and does not tell a tar that is cut off between
-    members from a whole one.  Raises DamagedTar where the tar is cut off or goes on with something
-    that is no tar.
+    Raises DamagedTar where the tar is cut off or goes on with something that is no tar.
     """
     at = 0
-    extra: dict[str, str] = {}
-    while True:
-        file.seek(at)
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            raise DamagedTar(f"it is cut off at byte {size}")
-        if not any(header):
-            return
-        try:
-            length = _length(header, extra)
-        except ValueError as error:
-            raise DamagedTar(f"there is no tar header at byte {at}") from error
-        start, kind = at + BLOCK, header[156:157]
-        at = start + -(-length // BLOCK) * BLOCK
-        if start + length > size:
-            raise DamagedTar(f"it is cut off at byte {size}")
-        if kind in b"xL":  # what follows is said of the next member
-            file.seek(start)
-            extra |= _extra(kind, file.read(length))
-        elif kind != b"g":
-            if kind in b"07\0":
-                yield Member(extra.get("path") or _name(header), start, length)
-            extra = {}
-
-
-def _length(header: bytes, extra: Mapping[str, str]) -> int:
-    """The bytes of a member. Raises ValueError if this is no header."""
-    checksum = int(header[148:156].strip(b" \0"), 8)
-    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise ValueError("the checksum is wrong")
-    if "size" in extra:
-        return int(extra["size"])
-    field = header[124:136]
-    if field[0] & 0x80:  # GNU's base 256, for files of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def _name(header: bytes) -> str:
-    name, prefix = (part.split(b"\0")[0] for part in (header[:100], header[345:500]))
-    if prefix and header[257:263] == b"ustar\0":
-        name = prefix + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _extra(kind: bytes, content: bytes) -> dict[str, str]:
-    """The long name or the pax records (`LENGTH NAME=VALUE\\n`) of the next member."""
-    if kind == b"L":
-        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    records = {}
-    while content:
-        length = int(content.split(b" ", 1)[0])
-        name, _, value = content[:length].split(b" ", 1)[1][:-1].partition(b"=")
-        records[name.decode()] = value.decode("utf-8", "surrogateescape")
-        content = content[length:]
-    return records
+    try:
+        with tarfile.open(
+            fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if member.offset_data + member.size > size:
+                    raise DamagedTar(f"it is cut off at byte {size}")
+                if member.isreg():
+                    yield Member(member.name, member.offset_data, member.size)
+            at = tar.offset
+    except tarfile.TarError as error:
+        raise DamagedTar(f"{error} ({size} bytes)") from error
+    # To tarfile whatever is no header is the end of the tar, and so is the end of the file.
+    file.seek(at)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise DamagedTar(f"it is cut off at byte {size}")
+    if any(block):
+        raise DamagedTar(f"there is no tar header at byte {at}")
 
 
 # One tar's index
