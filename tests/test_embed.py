@@ -410,6 +410,7 @@ def test_spoilt_folders(
         ("unnamed", "clip must be named for embeddings without a manifest"),
         ("width", "clip must be as wide as the embeddings in"),
         ("other", "clip must be the one that made the embeddings in"),
+        ("mixed", "clip must be the one that made the embeddings in"),
         ("norm", "clip must give unnormalised embeddings"),
         ("column", "caption_column must be a column of"),
     ],
@@ -429,6 +430,12 @@ def test_another_clip_than_made_the_folder(
     if what == "other":
         write_tiny_clip(tmp_path / "other", seed=1)
         config += ["--data", str(written), "--clip", str(tmp_path / "other")]
+    elif what == "mixed":
+        write_tiny_clip(tmp_path / "other", seed=1)
+        mix = [{"data": str(laion)}, {"data": str(written)}]
+        config += ["--source.mix", json.dumps(mix), "--clip", str(tmp_path / "other")]
+        for path in (laion / "img_emb").iterdir():  # that part names no CLIP: only its norm counts
+            np.save(path, (rows := np.load(path)) / np.linalg.norm(rows, axis=1, keepdims=True))
     elif what != "unnamed":
         config += ["--clip", str(clip_folder)]
     if what == "norm":
@@ -439,7 +446,7 @@ def test_another_clip_than_made_the_folder(
         train_prior(config)
     error = one_line(capsys)
     assert said in error
-    if what == "other":
+    if what in ("other", "mixed"):
         assert str(clip_folder) in error
         assert str(tmp_path / "other") in error
 
@@ -447,6 +454,7 @@ def test_another_clip_than_made_the_folder(
 def test_a_decoder_needs_pictures(
     written: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        train_decoder([*words("decoder", tmp_path, tiny_model), "--data", str(written)])
-    assert "source.data must hold pictures to train a decoder on" in one_line(capsys)
+    for flags in (["--data", str(written)], ["--source.mix", json.dumps([{"data": str(written)}])]):
+        with pytest.raises(SystemExit):
+            train_decoder([*words("decoder", tmp_path, tiny_model), *flags])
+        assert "source.data must hold pictures to train a decoder on" in one_line(capsys)

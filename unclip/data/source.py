@@ -106,6 +106,11 @@ class SourceConfig:
                 "source.limit, or draw shapes into tars"
             )
 
+    @property
+    def names(self) -> list[str]:
+        """What it is read from: `data`, or that of each part of `mix`."""
+        return [self.data] if self.mix is None else [part.data for part in self.mix]
+
 
 class FirstSamples(Dataset[dict[str, Any]]):
     """The first `count` samples of a data set, or all of them where there are fewer."""
@@ -160,6 +165,12 @@ class MixedDataset(Dataset[dict[str, Any]]):
         for part in self.parts:
             counts.update(getattr(part, "skips", {}))
         return dict(counts)
+
+
+def sources_of(dataset: Dataset[Any]) -> list[Dataset[Any]]:
+    """The data sets that one of `open_source` reads from, without its mixing and limits."""
+    parts = dataset.parts if isinstance(dataset, MixedDataset) else [dataset]
+    return [part.dataset if isinstance(part, FirstSamples) else part for part in parts]
 
 
 def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:

@@ -81,7 +81,8 @@ def read_model(name: str | Path) -> Model:
         )
     if "glide" in found:
         name = found.pop("glide")
-        found["upsampler" if GlideStage.load(folder / name).is_upsampler else "decoder"] = name
+        enlarges = _stage_config(folder / name).get("network", {}).get("scale") is not None
+        found["upsampler" if enlarges else "decoder"] = name
     upsampler = found.pop("upsampler", None)
     stages = {**found, "upsamplers": [upsampler] if upsampler else []}
     return _from_yaml(folder, {"stages": stages})
@@ -96,10 +97,14 @@ def _listing(folder: Path) -> str:
 def _stage_kind(folder: Path) -> str | None:
     if is_clip_folder(folder):
         return "clip"
+    kind = _stage_config(folder).get("stage")
+    return kind if kind in KINDS else None
+
+
+def _stage_config(folder: Path) -> dict[str, Any]:
     config = folder / CONFIG_NAME
     values = yaml.safe_load(config.read_text()) if config.is_file() else None
-    kind = values.get("stage") if isinstance(values, dict) else None
-    return kind if kind in KINDS else None
+    return values if isinstance(values, dict) else {}
 
 
 def _parse(path: Path) -> dict[str, Any]:

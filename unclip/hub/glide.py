@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _files(path: Path) -> dict[str, Path]:
     """Kind -> file. What is not GLIDE's is passed over, as its noised CLIP's two files are."""
     found: dict[str, Path] = {}
     for file in sorted(path.glob("*.pt")) if path.is_dir() else [path]:
-        kind = _kind(file) if file.suffix == ".pt" else None
+        kind = _kind_in(file) if file.suffix == ".pt" else None
         if kind is None:
             continue
         if kind in found:
@@ -58,11 +59,14 @@ def _files(path: Path) -> dict[str, Path]:
     return found
 
 
-def _kind(file: Path) -> str | None:
+def _kind_in(file: Path) -> str | None:
     try:
-        weights = load_pickle(file)
+        return _kind(load_pickle(file))
     except ValueError:  # other formats may hold more than tensors; their readers know what
         return None
+
+
+def _kind(weights: Any) -> str | None:
     needed = ("token_embedding.weight", "input_blocks.0.0.weight")
     if not isinstance(weights, dict) or not all(name in weights for name in needed):
         return None
@@ -105,12 +109,13 @@ def read_network(
     Raises:
         ValueError: the file does not hold such a network, whole.
     """
-    kind = _kind(path)
+    stored = load_pickle(path)
+    kind = _kind(stored)
     if kind is None:
         raise ValueError(
             f"{path} must hold one of GLIDE's networks; got other weights: pass another file"
         )
-    weights = {k: cast(k, v, dtype) for k, v in load_pickle(path).items() if isinstance(v, Tensor)}
+    weights = {k: cast(k, v, dtype) for k, v in stored.items() if isinstance(v, Tensor)}
     is_upsampler = kind.endswith("upsampler")
     size = image_size or (UPSAMPLER_SIZE if is_upsampler else BASE_SIZE)
     vocab_size, width = weights["token_embedding.weight"].shape

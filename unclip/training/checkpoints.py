@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ MAY_CHANGE = {
 """Settings that a resumed run may be given anew; any other difference is another run."""
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [*old, *(k for k in new if k not in old)]
-        dot = "." if name else ""
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}{dot}{k}")]
-    return [] if old == new or name in MAY_CHANGE else [f"{name}: {old} there, {new} here"]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> str:
+    """Where two configs differ but in what `may_change`, the first five places; "" if nowhere."""
+
+    def places(old: Any, new: Any, name: str = "") -> Iterator[str]:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            for key in [*old, *(key for key in new if key not in old)]:
+                yield from places(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        elif old != new and name not in may_change:
+            yield f"{name}: {old} there, {new} here"
+
+    return "; ".join(itertools.islice(places(old, new), 5))
 
 
 def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
@@ -61,10 +67,10 @@ def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
         # YAML has no tuples: compare what was written with what would be.
         text = yaml.safe_dump(dict(resolved), sort_keys=False)
         if path.is_file() and not fresh and latest(run) is not None:
-            changed = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
-            if changed:
+            there = yaml.safe_load(path.read_text())
+            if changed := differences(there, yaml.safe_load(text), MAY_CHANGE):
                 raise ValueError(
-                    f"{run} holds a run with another config ({'; '.join(changed[:5])}): "
+                    f"{run} holds a run with another config ({changed}): "
                     "pass the same config, another --run, or --fresh to start over"
                 )
         path.write_text(text)

@@ -55,6 +55,13 @@ class PreviewConfig:
     guidance_scale: float = 2.0
     """Guidance of the decoder."""
 
+    @property
+    def sampling(self) -> SamplingOptions:
+        """What a stage that is guided is sampled with."""
+        return SamplingOptions(
+            num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDecoderConfig:
@@ -182,10 +189,7 @@ class DecoderObjective(Objective):
                 empty=clip.null_text(self.network.config.network.null_text),
             ),
             make_generators(0, len(images)),
-            SamplingOptions(
-                num_inference_steps=self.preview_config.num_inference_steps,
-                guidance_scale=self.preview_config.guidance_scale,
-            ),
+            self.preview_config.sampling,
         )
         return torch.cat([resize(images, self.network.image_size), drawn])
 
@@ -308,10 +312,7 @@ class GlideObjective(Objective):
         drawn = self.network.sample(
             conditions,
             make_generators(0, len(truth)),
-            SamplingOptions(
-                num_inference_steps=self.preview_config.num_inference_steps,
-                guidance_scale=self.preview_config.guidance_scale,
-            ),
+            self.preview_config.sampling,
         )
         return torch.cat([truth, drawn])
 
@@ -400,10 +401,10 @@ def train(config: TrainDecoderConfig) -> None:
         own = config.upsampler
         if config.init is not None:
             initial = _upsampler_of(config.init, own.network.unet.image_size)
-    if is_embedding_folder(config.source.data):
+    for name in filter(is_embedding_folder, config.source.names):
         raise ValueError(
-            f"source.data must hold pictures to train a decoder on; got {config.source.data}, a "
-            "folder of embeddings: name what they were made of"
+            f"source.data must hold pictures to train a decoder on; got {name}, a folder of "
+            "embeddings: name what they were made of"
         )
     dataset = open_source(config.source)
     examples = _first_samples(dataset, config.preview.num_images)

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,7 @@ from unclip.data.embeddings import (
 from unclip.data.source import FirstSamples, SourceConfig, open_source
 from unclip.hub import load_clip_of
 from unclip.training.batches import collate
+from unclip.training.checkpoints import differences
 
 log = logging.getLogger(__name__)
 
@@ -185,28 +186,12 @@ def open_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         _write_json(path, manifest)
         return
     # A CLIP may have moved; its weights are the same by their fingerprint.
-    changed = [
-        f"{name}: {old} there, {new} here"
-        for name, old, new in _differences(there, manifest)
-        if name not in ("clip.name", *RESULTS)
-    ]
-    if changed:
+    if changed := differences(there, manifest, may_change=("clip.name", *RESULTS)):
         raise ValueError(
             f"out must hold embeddings by the same CLIP and settings; got {folder}, by "
-            f"{there['clip']['name']}, which differs ({'; '.join(changed[:5])}): choose another "
-            "--out, or go on as before"
+            f"{there['clip']['name']}, which differs ({changed}): choose another --out, or go on "
+            "as before"
         )
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    for key in [*old, *(key for key in new if key not in old)]:
-        one, other = old.get(key), new.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            yield prefix + key, one, other
 
 
 def _aside(path: Path) -> Path:

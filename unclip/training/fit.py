@@ -309,7 +309,8 @@ def fit(
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    if len(trained(objective)) < len(list(objective.parameters())):
+    parameters = trained(objective)
+    if len(parameters) < len(list(objective.parameters())):
         accelerator.register_for_checkpointing(checkpoints.FrozenWeights(objective))
     first_step = checkpoints.resume(accelerator, run)
     if config.tracker != "none":
@@ -349,13 +350,13 @@ def fit(
                 out = step_module(batch, generator)
                 accelerator.backward(out["loss"])
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trained(objective), config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     meter.add({"grad_norm": torch.as_tensor(norm)})
                 optimizer.step()
                 optimizer.zero_grad()
             meter.add({name: value.detach().float() for name, value in out.items()})
         if ema is not None:
-            ema.step(trained(objective))
+            ema.step(parameters)
         seen += config.batch_size
         done = step + 1
         bar.update()

@@ -33,9 +33,9 @@ def plot(runs: list[Path], metric: str, out: Path) -> None:
         axes.plot([m["samples"] for m in metrics], [m[metric] for m in metrics], label=run.name)
     axes.set(xlabel="samples seen", ylabel=metric, xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, not over them
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.embeddings import EmbeddingDataset
-from unclip.data.source import FirstSamples, SourceConfig, open_source
+from unclip.data.source import SourceConfig, open_source, sources_of
 from unclip.diffusion import NoiseSchedule, diffusion_loss
 from unclip.hub import Stages, check_stages, write_run_model
 from unclip.lora import LoRAConfig
@@ -181,9 +181,9 @@ def train(config: TrainPriorConfig) -> None:
     clip = clip_for_training(config.clip, base, config.init)
     config = replace(resolve(config, clip), base=base)
     dataset = open_source(config.source)
-    read = dataset.dataset if isinstance(dataset, FirstSamples) else dataset
-    if isinstance(read, EmbeddingDataset):
-        check_embeddings(read, clip, config.clip)
+    for read in sources_of(dataset):
+        if isinstance(read, EmbeddingDataset):
+            check_embeddings(read, clip, config.clip)
     torch.manual_seed(config.fit.seed)
     if config.init is not None:
         prior = start_from(stage_of(config.init, "prior"), config.prior)
