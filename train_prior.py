@@ -5,4 +5,4 @@ from pathlib import Path
 from unclip.training.prior import main
 
 if __name__ == "__main__":
-    main(default_config=Path(__file__).parent / "configs/prior/shapes.yaml")
+    main(default_config=Path(__file__).parent / "configs/prior/diffusion.yaml")

@@ -3,7 +3,7 @@
     python benchmarks/embedding_rows.py --work DIR
 
 Makes folders of 10,000 and of 1,000,000 random rows in clip-retrieval's layout under DIR (0.6 GB),
-and trains the shapes prior (configs/prior/shapes.yaml) from them on the CPU. The wait is the share
+and trains the shapes prior (configs/prior/diffusion.yaml) from them. The wait is the share
 of a training step's time that goes by until its batch is there. Peaks are those of a whole process
 that trains a few steps, mapped files that it touched included (Linux only); its workers are none.
 """
@@ -32,9 +32,10 @@ from unclip.data.embeddings import EmbeddingDataset, file_of
 from unclip.hub import load_clip_of
 from unclip.priors import DiffusionPrior
 from unclip.training.batches import GlobalBatches, loader
-from unclip.training.prior import PriorObjective, TrainPriorConfig, resolve, train
+from unclip.training.prior import TrainPriorConfig, resolve, train
+from unclip.training.prior_objectives import DiffusionPriorObjective
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/prior/shapes.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs/prior/diffusion.yaml"
 PIECE = 10_000
 SIZES = (10_000, 1_000_000)
 WORDS = ("red", "green", "blue", "yellow", "large", "small", "circle", "square", "star", "heart")
@@ -88,7 +89,7 @@ def data_wait(folder: Path, workers: int, steps: int) -> tuple[float, float]:
     clip = load_clip_of("shapes")
     prior = DiffusionPrior(resolve(config, clip).prior)
     prior.fit_statistics(clip.encode_rows(EmbeddingDataset(folder), range(1000)))
-    objective = PriorObjective(prior, clip)
+    objective = DiffusionPriorObjective(prior, clip)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
     generator = torch.Generator().manual_seed(0)
     batches = batches_of(folder, config)

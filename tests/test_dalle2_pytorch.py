@@ -25,7 +25,7 @@ from unclip.diffusion import alpha_bars, make_generators
 from unclip.hub import load_stages
 from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.models import MultiQueryPrior, MultiQueryPriorConfig
-from unclip.priors import DiffusionPrior, MultiQueryDiffusionPriorConfig
+from unclip.priors import DiffusionPrior, MultiQueryDiffusionPriorConfig, load_prior
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 2e-5
@@ -163,7 +163,7 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path, version: str, case: 
     told = recorded(version, case)
     prior = load(tmp_path, version, told)
     prior.save(tmp_path / "prior")
-    loaded = DiffusionPrior.load(tmp_path / "prior")
+    loaded = load_prior(tmp_path / "prior")
     assert loaded.config == prior.config
     assert torch.equal(loaded.mean, prior.mean) and torch.equal(loaded.std, prior.std)
     context = loaded.network.encode_context(**conditions(told))

@@ -38,7 +38,7 @@ from unclip.hub import Stages, diffusers_format, load_stages
 from unclip.hub.__main__ import main as hub_main
 from unclip.models import DecoderConfig, UNetConfig
 from unclip.pipeline import UnCLIP
-from unclip.priors.base import FilledText
+from unclip.priors.text import FilledText
 from unclip.stages import Conditions, DecoderStage, DecoderStageConfig, SamplingOptions
 
 WIDTH = 32

@@ -23,7 +23,7 @@ from unclip.models import (
     UNetConfig,
     UpsamplerConfig,
 )
-from unclip.priors.base import FilledText
+from unclip.priors.text import FilledText
 from unclip.stages import (
     DecoderStage,
     DecoderStageConfig,

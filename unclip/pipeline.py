@@ -22,7 +22,7 @@ from unclip.clip import FrozenCLIP, Text
 from unclip.diffusion import DiffusionConfig, make_scheduler, sampling_timesteps
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
-from unclip.priors import DiffusionPrior
+from unclip.priors import KINDS, Prior, PriorOptions, TransformerPrior
 from unclip.stages import Conditions, DecoderStage, PictureStage, SamplingOptions
 
 StageCallback = Callable[[str, int, int, Tensor, Tensor], None]
@@ -44,8 +44,12 @@ class CascadeOptions:
     """Denoising steps of the decoder."""
     upsampler_steps: int = 12
     """Denoising steps of each upsampler."""
-    prior_sampler: str = "ddpm"
-    """One of `unclip.diffusion.SAMPLERS`."""
+    prior_sampler: str | None = None
+    """One of the prior's own; None is its first: `ddpm` of a diffusion prior, `heun` of a flow."""
+    prior_temperature: float = 1.0
+    """Of a prior that draws tokens, the autoregressive one."""
+    prior_top_p: float = 1.0
+    """Of a prior that draws tokens: the share of probability it draws from."""
     sampler: str = "ddim"
     """The decoder's."""
     upsampler_sampler: str = "ddim"
@@ -68,7 +72,8 @@ class CascadeOptions:
                 raise ValueError(
                     f"{name} must be at least 1; got {getattr(self, name)}: use {default}"
                 )
-        for name in ("prior_sampler", "sampler", "upsampler_sampler"):
+        self._check_of_prior()
+        for name in ("sampler", "upsampler_sampler"):
             try:
                 make_scheduler(DiffusionConfig(), getattr(self, name))
             except ValueError as error:
@@ -78,6 +83,30 @@ class CascadeOptions:
                 f"eta must lie in [0, 1], and be 0 unless sampler is 'ddim'; got {self.eta} with "
                 f"{self.sampler!r}: leave it out or use ddim"
             )
+
+    def _check_of_prior(self) -> None:
+        samplers = dict.fromkeys(name for kind in KINDS.values() for name in kind.samplers)
+        if self.prior_sampler not in (None, *samplers):
+            raise ValueError(
+                f"prior_sampler must be one of {', '.join(samplers)}; got {self.prior_sampler!r}: "
+                "leave it out for the prior's own"
+            )
+        try:
+            PriorOptions(**self.of_prior)
+        except ValueError as error:
+            raise ValueError(_as_of_prior(error)) from error
+
+    @property
+    def of_prior(self) -> dict[str, Any]:
+        """The prior's, as `PriorOptions` names them."""
+        return {
+            "guidance_scale": self.prior_guidance_scale,
+            "num_candidates": self.num_candidates,
+            "sampler": self.prior_sampler,
+            "num_inference_steps": self.prior_steps,
+            "temperature": self.prior_temperature,
+            "top_p": self.prior_top_p,
+        }
 
     @property
     def of_decoder(self) -> dict[str, Any]:
@@ -121,6 +150,14 @@ class CascadeOutput:
         return self.by_size[max(self.by_size)]
 
 
+def _as_of_prior(error: ValueError) -> str:
+    """What is wrong with the prior's options, by their names in `CascadeOptions`."""
+    named = {"num_inference_steps": "prior_steps", "guidance_scale": "prior_guidance_scale"}
+    option, rule = str(error).split(" ", 1)
+    own = option if option == "num_candidates" else named.get(option, f"prior_{option}")
+    return f"{own} {rule}"
+
+
 def check_prompt(prompt: object) -> None:
     """Raise ValueError where a caption is empty, or no text at all."""
     if not isinstance(prompt, str) or not prompt.strip():
@@ -139,7 +176,7 @@ class UnCLIP:
     def __init__(
         self,
         clip: FrozenCLIP | None,
-        prior: DiffusionPrior | None,
+        prior: Prior | None,
         decoder: DecoderStage | GlideStage,
         upsamplers: Sequence[PictureStage] = (),
         *,
@@ -361,8 +398,12 @@ class UnCLIP:
         )
 
     def _check_steps(self, options: CascadeOptions) -> None:
+        if self.prior is not None:
+            try:
+                self.prior.check_options(PriorOptions(**options.of_prior))
+            except ValueError as error:
+                raise ValueError(_as_of_prior(error)) from error
         schedules = {
-            "prior_steps": [] if self.prior is None else [self.prior.config.diffusion],
             "decoder_steps": [self.decoder.config.diffusion],
             "upsampler_steps": [up.config.diffusion for up in self.upsamplers],
         }
@@ -447,12 +488,9 @@ class UnCLIP:
                 with self._at_work(self.prior), run.timed("prior", device):
                     embeds = self.prior.sample(
                         text,
-                        guidance_scale=options.prior_guidance_scale,
-                        num_candidates=options.num_candidates,
                         generators=picture_generators(seeds, "prior"),
-                        sampler=options.prior_sampler,
-                        num_inference_steps=options.prior_steps,
                         empty=empty,
+                        **options.of_prior,
                         progress=run.bar("prior"),
                         callback=run.callback_of("prior"),
                     )
@@ -493,7 +531,7 @@ class UnCLIP:
             stages = [
                 s
                 for s in (self.prior, self.decoder)
-                if isinstance(s, DiffusionPrior | DecoderStage)
+                if isinstance(s, TransformerPrior | DecoderStage)
             ]
             reads_empty = any(s.config.network.null_text == "empty_prompt" for s in stages)
             return text, self.clip.encode_text([""]) if reads_empty else None

@@ -18,7 +18,7 @@ from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import DiffusionConfig, Network, sample, sampling_timesteps
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
-from unclip.priors.base import TextConditioning, fill_dropped
+from unclip.priors import TextConditioning, fill_dropped
 
 Stage = TypeVar("Stage", bound="PictureStage")
 StepCallback = Callable[[int, int, Tensor, Tensor], None]

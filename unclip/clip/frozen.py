@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,19 +154,21 @@ class FrozenCLIP(nn.Module, ABC):
         self, dataset: Dataset[Any], rows: Sequence[int], batch_size: int = 64
     ) -> Tensor:
         """Embed the pictures of some rows of a data set as [len(rows), D], a few at a time: a data
-        set's pictures do not fit into memory together. Samples that bring an `image_embed` [D] are
-        taken by their word."""
+        set's pictures do not fit into memory together; see `encode_samples`."""
         fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[row] for row in rows])
         embeds = []
         for start in range(0, len(rows), batch_size):
-            samples = fetch(rows[start : start + batch_size])
-            if "image_embed" in samples[0]:
-                brought = torch.stack([sample["image_embed"] for sample in samples])
-                embeds.append(brought.float().to(self.device))
-                continue
-            images = torch.stack([sample["image"] for sample in samples])
-            embeds.append(self.encode_image(images.to(self.device)))
+            embeds.append(self.encode_samples(fetch(rows[start : start + batch_size])))
         return torch.cat(embeds)
+
+    def encode_samples(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Embed the pictures of a data set's samples as [len(samples), D]; those that bring an
+        `image_embed` [D] are taken by their word."""
+        if "image_embed" in samples[0]:
+            brought = torch.stack([sample["image_embed"] for sample in samples])
+            return brought.float().to(self.device)
+        images = torch.stack([sample["image"] for sample in samples])
+        return self.encode_image(images.to(self.device))
 
     def fingerprint(self) -> str:
         """A short hash of the weights, to tell two CLIPs of one shape apart."""

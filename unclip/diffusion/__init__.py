@@ -3,7 +3,8 @@ prediction targets and their loss, classifier-free guidance, and one sampling lo
 schedulers. Prior embeddings [B, D] and decoder images [B, C, H, W] share all of it, and training
 and sampling read the same schedule."""
 
-from unclip.diffusion.guidance import Context, Network, guided
+from unclip.diffusion.flow import FLOW_SAMPLERS, FlowConfig, flow_path, flow_times, sample_flow
+from unclip.diffusion.guidance import Context, Network, guided, join
 from unclip.diffusion.objective import NoiseSchedule, diffusion_loss, loss_weight
 from unclip.diffusion.sampling import make_generators, sample
 from unclip.diffusion.schedule import (
@@ -15,17 +16,23 @@ from unclip.diffusion.schedule import (
 )
 
 __all__ = [
+    "FLOW_SAMPLERS",
     "SAMPLERS",
     "Context",
     "DiffusionConfig",
+    "FlowConfig",
     "Network",
     "NoiseSchedule",
     "alpha_bars",
     "diffusion_loss",
+    "flow_path",
+    "flow_times",
     "guided",
+    "join",
     "loss_weight",
     "make_generators",
     "make_scheduler",
     "sample",
+    "sample_flow",
     "sampling_timesteps",
 ]

@@ -50,7 +50,7 @@ def guided(
         return network(x_t, timesteps, dict(null_context))
 
     both = network(
-        torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), _join(null_context, context)
+        torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), join(null_context, context)
     )
     uncond, cond = both.chunk(2)
     if learned_variance:
@@ -69,7 +69,12 @@ def check_guidance_scale(guidance_scale: float) -> None:
         )
 
 
-def _join(null_context: Context, context: Context) -> dict[str, Tensor | None]:
+def join(null_context: Context, context: Context) -> dict[str, Tensor | None]:
+    """Two contexts of B rows as one of 2B, [unconditional, conditional].
+
+    Raises:
+        ValueError: they do not match.
+    """
     if null_context.keys() != context.keys():
         raise ValueError(
             "null_context must have the keys of context; "

@@ -20,7 +20,7 @@ from unclip.clip import FrozenCLIP
 from unclip.data.shapes import ShapesConfig, ShapesDataset, Split
 from unclip.diffusion import make_generators
 from unclip.hub import load_stages
-from unclip.priors import DiffusionPrior
+from unclip.priors import Prior
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -38,7 +38,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def measure(
     clip: FrozenCLIP,
-    prior: DiffusionPrior,
+    prior: Prior,
     *,
     count: int,
     num_inference_steps: int,

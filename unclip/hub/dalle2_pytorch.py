@@ -21,7 +21,7 @@ from unclip.config import from_dict
 from unclip.diffusion import DiffusionConfig, make_scheduler
 from unclip.diffusion.schedule import BetaSchedule
 from unclip.hub.pickles import load_pickle
-from unclip.priors import DiffusionPrior, MultiQueryDiffusionPriorConfig
+from unclip.priors import MultiQueryDiffusionPrior, MultiQueryDiffusionPriorConfig
 
 CONFIG_NAME = "prior_config.json"
 WEIGHTS_SUFFIXES = (".pth", ".pt")
@@ -44,13 +44,13 @@ def is_checkpoint(path: Path) -> bool:
 
 def load_dalle2_pytorch_prior(
     path: str | Path, dtype: torch.dtype = torch.float32, *, version: str | None = None
-) -> DiffusionPrior:
+) -> MultiQueryDiffusionPrior:
     """Read a prior from a checkpoint of DALLE2-pytorch 0.11 to 0.15 and 0.23.3 to 1.15.
 
     Sampling it with `sampler="ddpm"` and as many steps as training had is the original's own
     sampling; with fewer steps the original strides differently. Captions must be encoded with the
     start and end tokens of CLIP, as training did (`unclip.clip` does so); the original's tokenizer
-    left them out when sampling. Of several candidates `DiffusionPrior` keeps the one with the
+    left them out when sampling. Of several candidates a prior keeps the one with the
     highest dot product with the text, the original the one with the highest cosine.
 
     Args:
@@ -85,7 +85,7 @@ def load_dalle2_pytorch_prior(
             "unit_norm": source.flag("sampling_final_clamp_l2norm") and source.predicts_x_start,
         },
     )
-    prior = unfilled(lambda: DiffusionPrior(config))
+    prior = unfilled(lambda: MultiQueryDiffusionPrior(config))
     renamed = {k: cast(k, v, dtype) for k, v in _renamed(source, prior).items()}
     fill(prior.network, renamed, weights)
     mean = torch.zeros(config.network.embed_dim)
@@ -490,7 +490,7 @@ def _names(config: MultiQueryDiffusionPriorConfig, old_nulls: bool) -> dict[str,
     return names
 
 
-def _renamed(source: _Source, prior: DiffusionPrior) -> dict[str, Tensor]:
+def _renamed(source: _Source, prior: MultiQueryDiffusionPrior) -> dict[str, Tensor]:
     """The network's state dict; raises ValueError unless every weight has its place and shape."""
     config = prior.config
     assert isinstance(config, MultiQueryDiffusionPriorConfig)

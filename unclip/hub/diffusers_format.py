@@ -306,6 +306,7 @@ def write(stages: Stages, folder: Path, dtype: torch.dtype | None = None) -> Non
             index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         parts = []
         if stages.prior is not None:
+            assert isinstance(stages.prior, DiffusionPrior)
             parts += _prior_parts(stages.prior)
         if isinstance(stages.decoder, DecoderStage):
             parts += _decoder_parts(stages.decoder)
@@ -337,7 +338,7 @@ def _unsayable(stages: Stages) -> Iterator[str]:
         yield "clip: it is open_clip's, not transformers' (leave it out: --parts prior,decoder)"
     if stages.prior is not None:
         prior, network = stages.prior.config, stages.prior.config.network
-        if isinstance(network, PriorTransformerConfig):
+        if stages.prior.kind == DiffusionPrior.kind:
             yield from _differing(
                 "prior",
                 {
@@ -348,7 +349,10 @@ def _unsayable(stages: Stages) -> Iterator[str]:
                 },
             )
         else:
-            yield "prior.network: it is DALLE2-pytorch's (leave it out: --parts clip,decoder)"
+            yield (
+                f"prior: of kind {stages.prior.kind}, not {DiffusionPrior.kind} (leave it out: "
+                "--parts clip,decoder)"
+            )
     for stage in (stages.decoder, *stages.upsamplers):
         if isinstance(stage, GlideStage):
             yield "network with a text transformer, GLIDE's (use --to unclip)"
@@ -383,7 +387,8 @@ def _unsayable(stages: Stages) -> Iterator[str]:
             },
         )
     parts = (stages.prior, stages.decoder, *stages.upsamplers)
-    for schedule in (part.config.diffusion for part in parts if part is not None):
+    schedules = (getattr(part.config, "diffusion", None) for part in parts if part is not None)
+    for schedule in filter(None, schedules):
         for name, sayable in (
             ("beta_schedule", ["cosine"]),
             ("prediction_type", list(_PREDICTIONS.values())),

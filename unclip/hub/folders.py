@@ -35,7 +35,7 @@ from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.model import STAGES, Model, Reader, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.lora import merge_adapter
-from unclip.priors import DiffusionPrior
+from unclip.priors import load_prior
 from unclip.stages import DecoderStage, PictureStage, UpsamplerStage
 
 MODEL_NAME = "unclip.yaml"
@@ -170,7 +170,7 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
             else load_clip(str(_there(folder, "clip", folder / clip)))
         )
     if (prior := stages.get("prior")) is not None:
-        model.prior = reader("prior", prior, DiffusionPrior.load)
+        model.prior = reader("prior", prior, load_prior)
     if (decoder := stages.get("decoder")) is not None:
         model.decoder = reader("decoder", decoder, _read_decoder)
     model.upsamplers = [
@@ -354,7 +354,8 @@ def check_stages(stages: Stages, name: str = "the model") -> None:
         if prior is not None:
             network = prior.config.network
             widths.append(("prior.network.embed_dim", network.embed_dim, *embed))
-            widths.append(("prior.network.text_encodings_dim", network.text_encodings_dim, *text))
+            read = getattr(network, "text_encodings_dim", None)  # the linear one reads no tokens
+            widths.append(("prior.network.text_encodings_dim", read, *text))
         if isinstance(decoder, DecoderStage):
             net = decoder.config.network
             widths.append(("decoder.network.image_embed_dim", net.image_embed_dim, *embed))
@@ -366,11 +367,12 @@ def check_stages(stages: Stages, name: str = "the model") -> None:
                     f"{key} of {name} must be {whose}, {expected}; got {width}: the stage was "
                     f"trained on another CLIP than {clip.name}; take both from one model"
                 )
-        if prior is not None and prior.config.network.max_text_len < clip.context_length:
+        longest = None if prior is None else getattr(prior.config.network, "max_text_len", None)
+        if longest is not None and longest < clip.context_length:
             raise ValueError(
                 f"prior.network.max_text_len of {name} must be at least the CLIP's "
-                f"context_length, {clip.context_length}; got {prior.config.network.max_text_len}: "
-                f"the prior was trained on another CLIP than {clip.name}; take both from one model"
+                f"context_length, {clip.context_length}; got {longest}: the prior was trained on "
+                f"another CLIP than {clip.name}; take both from one model"
             )
     previous = decoder
     for upsampler in stages.upsamplers:

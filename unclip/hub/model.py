@@ -11,7 +11,7 @@ import torch
 
 from unclip.clip import FrozenCLIP
 from unclip.glide import GlideStage
-from unclip.priors import DiffusionPrior
+from unclip.priors import Prior
 from unclip.stages import DecoderStage, PictureStage
 
 Part = TypeVar("Part", covariant=True)
@@ -30,7 +30,7 @@ class Stages:
     """A model's stages; None, or an empty list, where only some were asked for."""
 
     clip: FrozenCLIP | None = None
-    prior: DiffusionPrior | None = None
+    prior: Prior | None = None
     decoder: DecoderStage | GlideStage | None = None
     upsamplers: list[PictureStage] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Model:
 
     path: Path
     clip: Callable[[], FrozenCLIP] | None = None
-    prior: Reader[DiffusionPrior] | None = None
+    prior: Reader[Prior] | None = None
     decoder: Reader[DecoderStage | GlideStage] | None = None
     upsamplers: list[Reader[PictureStage]] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)

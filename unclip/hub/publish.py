@@ -181,7 +181,7 @@ def _rows(stages: Stages) -> Iterator[str]:
         name = "in `clip/`" if Path(clip.name).is_dir() else clip.name
         yield row("CLIP", f"{name}, embeddings of {clip.embed_dim}", clip)
     if (prior := stages.prior) is not None:
-        yield row("prior", f"transformer, {prior.config.network.depth} layers", prior)
+        yield row("prior", prior.kind.replace("_", " "), prior)
     if (decoder := stages.decoder) is not None:
         yield row("decoder", f"U-Net, {decoder.image_size} px", decoder)
     for upsampler in stages.upsamplers:

@@ -10,6 +10,8 @@ from unclip.models.glide import Glide, GlideConfig, TextTransformerConfig
 from unclip.models.layers import Context
 from unclip.models.multi_query_prior import MultiQueryPrior, MultiQueryPriorConfig
 from unclip.models.prior_transformer import PriorTransformer, PriorTransformerConfig
+from unclip.models.text_prefix import TextPrefix, TextPrefixConfig
+from unclip.models.token_transformer import TokenTransformer, TokenTransformerConfig
 from unclip.models.unet import UNet, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
@@ -23,7 +25,11 @@ __all__ = [
     "MultiQueryPriorConfig",
     "PriorTransformer",
     "PriorTransformerConfig",
+    "TextPrefix",
+    "TextPrefixConfig",
     "TextTransformerConfig",
+    "TokenTransformer",
+    "TokenTransformerConfig",
     "UNet",
     "UNetConfig",
     "Upsampler",

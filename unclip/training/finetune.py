@@ -16,12 +16,12 @@ from unclip.config import to_dict
 from unclip.glide import GlideStage
 from unclip.hub import load_clip_of, load_stages, resolve
 from unclip.lora import LoRAConfig, add_adapter, chosen, has_adapter, save_adapter
-from unclip.priors import DiffusionPrior
+from unclip.priors import Prior
 from unclip.stages import DecoderStage, UpsamplerStage
 
 log = logging.getLogger(__name__)
 
-Stage = TypeVar("Stage", DiffusionPrior, DecoderStage, UpsamplerStage, GlideStage)
+Stage = TypeVar("Stage", Prior, DecoderStage, UpsamplerStage, GlideStage)
 
 RUNS_OWN = {
     **{name: name for name in ("dropout", "text_drop_prob", "image_drop_prob")},

@@ -1,13 +1,14 @@
-"""Train a diffusion prior: what `train_prior.py` runs."""
+"""Train a prior of any kind: what `train_prior.py` runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,20 +16,32 @@ from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.embeddings import EmbeddingDataset
 from unclip.data.source import SourceConfig, open_source, sources_of
-from unclip.diffusion import NoiseSchedule, diffusion_loss
 from unclip.hub import Stages, check_stages, write_run_model
 from unclip.lora import LoRAConfig
-from unclip.priors import DiffusionPrior, DiffusionPriorConfig
+from unclip.priors import (
+    AutoregressivePrior,
+    AutoregressivePriorConfig,
+    DiffusionPrior,
+    DiffusionPriorConfig,
+    FlowPrior,
+    FlowPriorConfig,
+    LinearPrior,
+    LinearPriorConfig,
+    OneStepPrior,
+    OneStepPriorConfig,
+    Prior,
+)
+from unclip.training.checkpoints import open_run
 from unclip.training.finetune import (
     base_of,
     choose_trained,
     clip_for_training,
-    save_trained,
     stage_of,
     start_from,
     warn_of_differences,
 )
-from unclip.training.fit import FitConfig, Objective, draw, fit
+from unclip.training.fit import FitConfig, fit
+from unclip.training.prior_objectives import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,69 +70,64 @@ class TrainPriorConfig:
     """Train a low-rank adapter of the init's prior instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures, or a folder of embeddings that `unclip.embed` or clip-retrieval wrote."""
-    prior: DiffusionPriorConfig = field(default_factory=DiffusionPriorConfig)
-    """Network and diffusion; the widths of embeddings and encodings are taken from the CLIP."""
+    prior: DiffusionPriorConfig | None = None
+    """A diffusion prior's network and diffusion, which is what is trained unless one of the next
+    four is set. The widths of embeddings and encodings are taken from the CLIP."""
+    autoregressive: AutoregressivePriorConfig | None = None
+    """A prior that draws principal components as tokens (paper, section 2.2)."""
+    one_step: OneStepPriorConfig | None = None
+    """A prior without steps (ECLIPSE)."""
+    flow: FlowPriorConfig | None = None
+    """A flow matching prior."""
+    linear: LinearPriorConfig | None = None
+    """Ridge regression: solved at once, `fit` has no part in it."""
     statistics_samples: int = 4096
-    """How many samples the embeddings' mean and std are measured on before the first step, where
-    the prior starts at random."""
+    """How many samples the embeddings' mean and std (and principal components) are measured on
+    before the first step, where the prior starts at random."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The loop."""
 
+    def __post_init__(self) -> None:
+        if len(given := [name for name in SECTIONS if getattr(self, name) is not None]) > 1:
+            raise ValueError(
+                f"one of {', '.join(SECTIONS)} must be set at the most; got {' and '.join(given)}: "
+                "train one kind of prior at a time"
+            )
+        for name in ("init", "lora", "freeze", "train_only"):
+            if self.linear is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be left out with linear, which is solved and not trained; got "
+                    f"{getattr(self, name)}"
+                )
+
+    @property
+    def section(self) -> str:
+        """Which kind is to be trained, by the name of its field."""
+        return next((name for name in SECTIONS if getattr(self, name) is not None), "prior")
+
+
+SECTIONS: dict[str, type[Prior]] = {
+    "prior": DiffusionPrior,
+    "autoregressive": AutoregressivePrior,
+    "one_step": OneStepPrior,
+    "flow": FlowPrior,
+    "linear": LinearPrior,
+}
+"""Field of `TrainPriorConfig` -> kind of prior."""
+
 
 def resolve(config: TrainPriorConfig, clip: FrozenCLIP) -> TrainPriorConfig:
-    """The config with the widths of its CLIP filled in."""
-    network = replace(
-        config.prior.network,
-        embed_dim=clip.embed_dim,
-        text_encodings_dim=clip.text_width,
-        max_text_len=clip.context_length,
-    )
-    return replace(config, prior=replace(config.prior, network=network))
-
-
-class PriorObjective(Objective):
-    """The prior's loss (paper, section 2.2): denoise z_i given the caption, MSE on z_i."""
-
-    stage = "prior"
-    network: DiffusionPrior
-    frozen: tuple[FrozenCLIP]
-
-    def __init__(self, prior: DiffusionPrior, clip: FrozenCLIP) -> None:
-        super().__init__()
-        self.network = prior
-        self.schedule = NoiseSchedule(prior.config.diffusion)
-        self.frozen = (clip,)
-
-    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss of B captioned pictures, or of B captions with the `image_embed` [B, D] of theirs;
-        `cosine` is that of the predicted to the true z_i."""
-        (clip,), prior = self.frozen, self.network
-        if "image_embed" in batch:
-            image_embed = batch["image_embed"].float()
-        else:
-            image_embed = clip.encode_image(batch["image"])
-        text = clip.encode_text(batch["caption"]).trimmed()
-        x_0 = prior.normalize(image_embed)
-        timesteps, noise = draw(x_0, self.schedule, generator)
-        drop_text = torch.rand(len(x_0), generator=generator, device=x_0.device)
-        dropped = drop_text < prior.config.network.text_drop_prob
-        empty = clip.null_text(prior.config.network.null_text)
-        context = prior.encode_context(text, dropped, empty)
-        x_t = self.schedule.add_noise(x_0, noise, timesteps)
-        output = prior.network(x_t, timesteps, context)
-        losses = diffusion_loss(self.schedule, output, x_0, noise, timesteps)
-        predicted = prior.denormalize(self.schedule.predict_x_0(x_t, output.float(), timesteps))
-        return {
-            "loss": losses["loss"].mean(),
-            "x_0_mse": losses["x_0_mse"].mean(),
-            "cosine": torch.cosine_similarity(predicted.detach(), image_embed).mean(),
-            "per_sample": losses["loss"].detach(),
-            "timesteps": timesteps / self.schedule.config.num_train_timesteps,
-        }
-
-    def export(self, folder: Path) -> None:
-        """Write the prior's folder, or its adapter's."""
-        save_trained(self.network, folder)
+    """The config with its kind's own section, and in it the widths of the CLIP."""
+    section = config.section
+    own = getattr(config, section) or SECTIONS[section].config_class()
+    widths = {
+        "embed_dim": clip.embed_dim,
+        "text_encodings_dim": clip.text_width,
+        "max_text_len": clip.context_length,
+    }
+    known = {field.name for field in fields(own.network)}
+    network = replace(own.network, **{k: v for k, v in widths.items() if k in known})
+    return replace(config, **{section: replace(own, network=network)})
 
 
 def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
@@ -128,6 +136,21 @@ def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
     count = min(count, total)
     stride = 1 if getattr(dataset, "endless", False) else total // count
     return [row * stride for row in range(count)]
+
+
+def true_pairs(
+    clip: FrozenCLIP, dataset: Dataset[Any], config: TrainPriorConfig
+) -> tuple[Tensor, Tensor]:
+    """image_embed and text_embed [S, D] of captioned pictures, which a prior begins from."""
+    linear = config.linear
+    rows = spread_rows(dataset, linear.num_samples if linear else config.statistics_samples)
+    fetch = getattr(dataset, "__getitems__", lambda rows: [dataset[row] for row in rows])
+    images, texts = [], []
+    for start in range(0, len(rows), 64):  # a data set's pictures do not fit into memory together
+        samples = fetch(rows[start : start + 64])
+        images.append(clip.encode_samples(samples))
+        texts.append(clip.encode_text([sample["caption"] for sample in samples]).text_embed)
+    return torch.cat(images), torch.cat(texts)
 
 
 def check_embeddings(dataset: EmbeddingDataset, clip: FrozenCLIP, named: str | None) -> None:
@@ -185,13 +208,28 @@ def train(config: TrainPriorConfig) -> None:
         if isinstance(read, EmbeddingDataset):
             check_embeddings(read, clip, config.clip)
     torch.manual_seed(config.fit.seed)
+    own = getattr(config, config.section)
+    prior: Any  # of a kind that `init` or the config decides
     if config.init is not None:
-        prior = start_from(stage_of(config.init, "prior"), config.prior)
+        prior = start_from(stage_of(config.init, "prior"), own)
         check_stages(Stages(clip=clip, prior=prior), config.init)
     else:
-        prior = DiffusionPrior(config.prior)
-        rows = spread_rows(dataset, config.statistics_samples)
-        prior.fit_statistics(clip.encode_rows(dataset, rows))
+        prior = SECTIONS[config.section].begin(own, *true_pairs(clip, dataset, config))
+    section = next((name for name, kind in SECTIONS.items() if type(prior) is kind), "prior")
+    resolved = {**to_dict(config), config.section: None, section: to_dict(prior.config)}
+
+    def prepare_run(run: Path, stage: str = prior.stage) -> None:
+        adapts = None if config.lora is None else prior.stage
+        write_run_model(run, stage, base, config.clip, clip.fingerprint(), adapts)
+        if config.init is not None:
+            warn_of_differences(own, prior.config, config.section, config.init)
+
+    if isinstance(prior, LinearPrior):  # `begin` has solved it
+        if PartialState().is_main_process:
+            open_run(config.run, resolved, config.fresh)
+            prepare_run(config.run)
+            prior.save(config.run / prior.stage)
+        return
     choose_trained(
         prior.network,
         freeze=config.freeze,
@@ -199,22 +237,15 @@ def train(config: TrainPriorConfig) -> None:
         lora=config.lora,
         init=config.init,
     )
-    objective = PriorObjective(prior, clip)
+    objective = OBJECTIVES[type(prior)](prior, clip)
     if config.lora is not None:
         objective.stage = "lora"
-
-    def prepare_run(run: Path) -> None:
-        adapts = None if config.lora is None else "prior"
-        write_run_model(run, objective.stage, base, config.clip, clip.fingerprint(), adapts)
-        if config.init is not None:
-            warn_of_differences(config.prior, prior.config, "prior", config.init)
-
     fit(
         objective,
         dataset,
         config.fit,
         config.run,
-        resolved={**to_dict(config), "prior": to_dict(prior.config)},
+        resolved=resolved,
         fresh=config.fresh,
-        prepare_run=prepare_run,
+        prepare_run=lambda run: prepare_run(run, objective.stage),
     )
