@@ -1,15 +1,15 @@
 """What is measured of a model: distances of embeddings, probes, the scores of a whole cascade."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from unclip.data.shapes import ShapesConfig, ShapesDataset
-from unclip.evaluation.prior import frechet_distance, measure
+from unclip.evaluation.prior import frechet_distance, main, recall
 from unclip.evaluation.probe import linear_probe, probe_clip
 from unclip.evaluation.shapes import Text2ImageConfig, text2image
-from unclip.hub import load_stages
 from unclip.pipeline import CascadeOptions, UnCLIP
 
 # The tiny CLIP reads 20 tokens, and some captions of the shapes world have more.
@@ -50,14 +50,35 @@ def test_rows_of_a_data_set_are_embedded_a_few_at_a_time(tiny_model: Path) -> No
     torch.testing.assert_close(parts, clip.encode_image(images), atol=1e-5, rtol=0)
 
 
-def test_a_prior_is_measured_beside_its_baselines(tiny_model: Path) -> None:
-    model = load_stages(tiny_model, only={"clip", "prior"})
-    assert model.clip is not None and model.prior is not None
-    options = {"num_inference_steps": 2, "sampler": "ddim", "num_candidates": 1}
-    result = measure(model.clip, model.prior, count=32, split="train", **options)  # type: ignore[arg-type]
-    assert result["captions"] == 32 and result["split"] == "train"
+def test_a_prior_is_measured_beside_its_baselines(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_model), "--num-inference-steps", "2", "--num-candidates", "1"]
+    out = tmp_path / "out/prior.json"
+    main([*options, "--num", "32", "--split", "train", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result == json.loads(capsys.readouterr().out)
+    assert result["captions"] == 32 and result["settings"]["split"] == "train"
     assert result["frechet_sampled_to_real"] > result["frechet_real_to_real"] > 0
     assert -1 <= result["cosine_sampled"] < result["cosine_mean_embed"] <= 1
+    assert result["recall"] < result["recall_of_real"] <= 1
+    # Other people's captioned pictures, ten of them.
+    main([*options, "--num", "8", "--data", str(pictures), "--floor", str(pictures)])
+    assert json.loads(capsys.readouterr().out)["captions"] == 8
+    with pytest.raises(SystemExit):
+        main([*options, "--num", "8", "--data", str(pictures)])
+    assert "data must hold at least 16 samples for num 8; got 10" in capsys.readouterr().err
+
+
+def test_recall_is_the_share_within_reach() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(400, 4, generator=generator)
+    same = torch.randn(400, 4, generator=generator)
+    assert recall(same, real) > 0.85 and recall(real, same) > 0.85
+    near_one = real[:1] + 0.1 * torch.randn(400, 4, generator=generator)
+    assert recall(near_one, real) < 0.1  # one mode reaches little,
+    assert recall(real, near_one) > 0.9  # and none of it is far off
+    assert recall(real + 50, real) == recall(real, real + 50) == 0
 
 
 def test_a_cascade_is_scored_on_the_world_it_is_told(tiny_model: Path) -> None:
