@@ -6,7 +6,8 @@ and sampling read the same schedule."""
 from unclip.diffusion.flow import FLOW_SAMPLERS, FlowConfig, flow_path, flow_times, sample_flow
 from unclip.diffusion.guidance import Context, Network, guided, join
 from unclip.diffusion.objective import NoiseSchedule, diffusion_loss, loss_weight
-from unclip.diffusion.sampling import make_generators, sample
+from unclip.diffusion.resampling import Resampling
+from unclip.diffusion.sampling import invert, make_generators, sample
 from unclip.diffusion.schedule import (
     SAMPLERS,
     DiffusionConfig,
@@ -23,11 +24,13 @@ __all__ = [
     "FlowConfig",
     "Network",
     "NoiseSchedule",
+    "Resampling",
     "alpha_bars",
     "diffusion_loss",
     "flow_path",
     "flow_times",
     "guided",
+    "invert",
     "join",
     "loss_weight",
     "make_generators",

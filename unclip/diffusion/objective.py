@@ -88,9 +88,14 @@ class NoiseSchedule:
             case "eps":
                 return model_output
             case "x_0":
-                return (x_t - alpha * model_output) / sigma
+                return self.eps_of(x_t, model_output, timesteps)
             case "v":
                 return sigma * x_t + alpha * model_output
+
+    def eps_of(self, x_t: Tensor, x_0: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise [B, ...] that x_t holds beside an estimate of x_0."""
+        alpha, sigma = self._levels(timesteps, x_t)
+        return (x_t.float() - alpha * x_0.float()) / sigma
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """A network output as (prediction, variance half or None), each shaped like `x_t`.

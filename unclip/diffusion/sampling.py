@@ -1,4 +1,4 @@
-"""The sampling loop, one for prior vectors and decoder images.
+"""The sampling loop, one for prior vectors and decoder images, and its way back to the noise.
 
 Legend: B batch, ... data dimensions ([D] or [C, H, W]).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from unclip.diffusion.guidance import Context, Network, check_guidance_scale, guided
 from unclip.diffusion.objective import NoiseSchedule
+from unclip.diffusion.resampling import Resampling, renoise
 from unclip.diffusion.schedule import DiffusionConfig, make_scheduler, sampling_timesteps
 
 
@@ -38,6 +40,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     x_T: Tensor | None = None,
     constrain: Callable[[Tensor], Tensor] | None = None,
+    resampling: Resampling | None = None,
     progress: str | None = None,
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -61,6 +64,8 @@ def sample(
         device: where to sample; by default where x_T or the context lies.
         x_T: starting noise [B, ...]; by default drawn from the generators.
         constrain: applied to each step's estimate of x_0 after the clamp, to hold what is known.
+        resampling: how often to go back up the chain, so that what is drawn comes to fit what
+            `constrain` holds; for `ddpm` and `ddim`. None: straight down.
         progress: text of a progress bar; None shows none.
         callback: called each step as `callback(step, timestep, x_t, x_0)` with the step's input
             and the clamped estimate of x_0.
@@ -101,23 +106,17 @@ def sample(
         x_T = randn_tensor(tuple(shape), generator=rngs, device=device, dtype=torch.float32)
     x_t = x_T.to(device, torch.float32)
 
-    for step, timestep in enumerate(tqdm(timesteps, desc=progress, disable=progress is None)):
-        t = torch.full((shape[0],), timestep, device=device)
-        model_output = guided(
-            network,
-            x_t.to(dtype),
-            t,
-            context,
-            null_context,
-            guidance_scale,
-            learned_variance=schedule_config.variance == "learned_range",
+    # Places on the scheduler's chain, which counts down to 0 and calls x_0 itself -1.
+    places = list(range(num_inference_steps))[::-1]
+    if resampling is not None:
+        _check_resampling(sampler)
+        places = resampling.places(num_inference_steps)
+    bar = tqdm(pairwise([*places, -1]), desc=progress, total=len(places), disable=progress is None)
+    for step, (place, next_place) in enumerate(bar):
+        timestep = timesteps[num_inference_steps - 1 - place]
+        x_0, variance = _estimate_x_0(
+            network, schedule, x_t, timestep, context, null_context, guidance_scale, dtype
         )
-        prediction, variance = schedule.split_output(model_output, x_t)
-        x_0 = schedule.predict_x_0(x_t, prediction, t)
-        if schedule_config.clip_range is not None:
-            x_0 = x_0.clamp(-schedule_config.clip_range, schedule_config.clip_range)
-        if schedule_config.x_0_norm is not None:
-            x_0 = F.normalize(x_0.flatten(1), dim=1).view_as(x_0) * schedule_config.x_0_norm
         if constrain is not None:
             x_0 = constrain(x_0)
         if callback is not None:
@@ -126,9 +125,102 @@ def sample(
         estimate = x_0
         if variance is not None and sampler == "ddpm":
             estimate = torch.cat([x_0, variance.float()], dim=1)
-        index = num_inference_steps - 1 - step  # this timestep's place on the scheduler's chain
-        x_t = scheduler.step(estimate, index, x_t, **step_options).prev_sample
+        x_t = scheduler.step(estimate, place, x_t, **step_options).prev_sample
+        if next_place >= place:
+            x_t = renoise(x_t, scheduler.alphas_cumprod, place - 1, next_place, rngs)
     return x_t
+
+
+@torch.no_grad()
+def invert(
+    network: Network,
+    schedule_config: DiffusionConfig,
+    x_0: Tensor,
+    *,
+    context: Context,
+    null_context: Context | None = None,
+    guidance_scale: float = 1.0,
+    num_inference_steps: int = 50,
+    num_iterations: int = 1,
+    dtype: torch.dtype = torch.float32,
+    progress: str | None = None,
+    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """The noise x_T from which `sample` by `ddim` with eta 0 leads back to x_0 (Song et al. 2021,
+    section 4.3; Dhariwal & Nichol 2021, appendix F), by the same timesteps the other way round.
+
+    A step of DDIM from x_t needs eps(x_t, t), which on the way up is not known before x_t is.
+    Inversion takes eps(x_{t-1}, t) for it, where x_{t-1} is the sample one step below; further
+    iterations take eps of the x_t found so far, and converge on the exact inverse where steps are
+    small (Pan et al. 2023, section 3.1).
+
+    Args:
+        network, schedule_config, context, null_context, guidance_scale, dtype, progress, callback:
+            as `sample` has them.
+        x_0: clean samples [B, ...].
+        num_inference_steps: 1 .. num_train_timesteps; of both ways.
+        num_iterations: network evaluations of a step, at least 1.
+
+    Returns:
+        x_T, fp32 [B, ...].
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_guidance_scale(guidance_scale)
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1; got {num_iterations}: use 1")
+    schedule = NoiseSchedule(schedule_config)
+    timesteps = sampling_timesteps(schedule_config, num_inference_steps)
+    scheduler = make_scheduler(
+        replace(schedule_config, prediction_type="eps"), "ddim_inverse", timesteps
+    )
+    below = x_0.float()  # the sample one step below x_t; at first the clean one
+    bar = tqdm(timesteps[::-1], desc=progress, disable=progress is None)
+    for place, timestep in enumerate(bar):
+        x_t = below
+        t = torch.full((len(x_t),), timestep, device=x_t.device)
+        for _ in range(num_iterations):
+            estimate, _ = _estimate_x_0(
+                network, schedule, x_t, timestep, context, null_context, guidance_scale, dtype
+            )
+            eps = schedule.eps_of(x_t, estimate, t)
+            x_t = scheduler.step(eps, place, below).prev_sample
+        if callback is not None:
+            callback(place, timestep, below, estimate)
+        below = x_t
+    return below
+
+
+def _estimate_x_0(
+    network: Network,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    timestep: int,
+    context: Context,
+    null_context: Context | None,
+    guidance_scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The guided network's x_0, within the config's range, and the variance half or None."""
+    config = schedule.config
+    t = torch.full((len(x_t),), timestep, device=x_t.device)
+    model_output = guided(
+        network,
+        x_t.to(dtype),
+        t,
+        context,
+        null_context,
+        guidance_scale,
+        learned_variance=config.variance == "learned_range",
+    )
+    prediction, variance = schedule.split_output(model_output, x_t)
+    x_0 = schedule.predict_x_0(x_t, prediction, t)
+    if config.clip_range is not None:
+        x_0 = x_0.clamp(-config.clip_range, config.clip_range)
+    if config.x_0_norm is not None:
+        x_0 = F.normalize(x_0.flatten(1), dim=1).view_as(x_0) * config.x_0_norm
+    return x_0, variance
 
 
 def make_generators(seed: int, count: int) -> list[torch.Generator]:
@@ -154,6 +246,14 @@ def _check_eta(eta: float, sampler: str) -> None:
         raise ValueError(
             f"eta must be 0 unless sampler is 'ddim'; got {eta} with {sampler!r}: "
             "leave eta out or use sampler='ddim'"
+        )
+
+
+def _check_resampling(sampler: str) -> None:
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(
+            f"sampler must be 'ddpm' or 'ddim' for resampling; got {sampler!r}, whose steps "
+            "remember the ones before: use 'ddim'"
         )
 
 

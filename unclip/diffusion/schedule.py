@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -27,6 +28,7 @@ Weighting = Literal["uniform", "min_snr"]
 TimestepSpacing = Literal["trailing", "linspace", "fast27"]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc")
+INVERSE = "ddim_inverse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ class DiffusionConfig:
 def make_scheduler(
     config: DiffusionConfig, sampler: str = "ddpm", timesteps: Sequence[int] | None = None
 ) -> Any:
-    """The diffusers scheduler of `config` for one of `SAMPLERS`.
+    """The diffusers scheduler of `config` for one of `SAMPLERS`, or for `ddim_inverse`, which goes
+    up the chain.
 
     With `timesteps` (descending, from `sampling_timesteps`) the scheduler lives on the sub-chain
     of those N steps alone and counts them N - 1 .. 0, the respacing of Nichol & Dhariwal 2021.
@@ -121,7 +124,8 @@ def make_scheduler(
     Raises:
         ValueError: the sampler is not one of `SAMPLERS`.
     """
-    _check_choice("sampler", sampler, SAMPLERS)
+    if sampler != INVERSE:
+        _check_choice("sampler", sampler, SAMPLERS)
     scheduler_class, options = _SCHEDULERS[sampler]
     if scheduler_class is DDPMScheduler:
         options = options | {"variance_type": config.variance}
@@ -194,6 +198,7 @@ def _both_ends(length: int, count: int) -> list[int]:
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    INVERSE: (DDIMInverseScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "dpm++": (
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},
