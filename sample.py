@@ -49,6 +49,8 @@ OPTIONS: list[tuple[list[str], str, type, str]] = [
     (["--prior-top-p"], "prior_top_p", float, "of a prior of tokens (default: 1.0)"),
     (["--upsampler-sampler"], "upsampler_sampler", str, "the upsamplers' (default: ddim)"),
     (["--eta"], "eta", float, "noise the decoder's ddim adds, 0 to 1 (default: 0.0)"),
+    (["--negative-prompt"], "negative_prompt", str, "a caption that guidance leads away from"),
+    (["--best-of"], "best_of", int, "pictures drawn for each one kept, by CLIP (default: 1)"),
     (["--size"], "size", int, "side to stop at, px (default: the model's largest)"),
 ]
 MODEL_FLAGS = ("model", "prior", "decoder", "upsampler", "device", "dtype")

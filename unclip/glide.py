@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from tokenizers import ByteLevelBPETokenizer
@@ -25,7 +24,7 @@ from unclip.checkpoint import save_stage
 from unclip.config import to_dict
 from unclip.diffusion import DiffusionConfig
 from unclip.models import Glide, GlideConfig
-from unclip.stages import Conditions, PictureStage, SamplingOptions, required_low_res
+from unclip.stages import Conditions, Known, PictureStage, SamplingOptions, required_low_res
 
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
@@ -104,39 +103,33 @@ class GlideStage(PictureStage):
         options: SamplingOptions,
         x_T: Tensor | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, S, S] from `captions`, and `low_res`, `image` and `repaint` where the
-        network takes them; see `PictureStage.sample`."""
+        """Pictures [B, 3, S, S] from `captions`, `negative_caption`, `image` and `repaint`, and for
+        an upsampler `low_res`; see `PictureStage.sample`."""
         if conditions.captions is None:
             raise ValueError("captions must be given to GLIDE's networks; got None: pass texts")
-        known, size, constrain = self._known(conditions), self.image_size, None
+        shown: dict[str, Tensor] = {}
+        known, size = Known.of(conditions, self.image_size), self.image_size
+        if known is not None and self.is_shown_known:
+            shown |= known._asdict()
         if self.is_upsampler:
             low_res = required_low_res(conditions)
             # What its own sampler passes on went through a file's 8 bits.
-            known["low_res"] = ((low_res + 1) * 127.5).round() / 127.5 - 1
+            shown["low_res"] = ((low_res + 1) * 127.5).round() / 127.5 - 1
             size = low_res.shape[-1] * (self.config.network.scale or 1)
-        if "image" in known:
-            image, keep = known["image"], known["keep"]
-
-            def constrain(x_0: Tensor) -> Tensor:
-                return torch.where(keep, image, x_0)
-
         tokens, token_mask = self.tokenize(conditions.captions)
-        context = self.network.encode_context(tokens=tokens, token_mask=token_mask, **known)
+        context = self.network.encode_context(tokens=tokens, token_mask=token_mask, **shown)
         null = None
-        if options.guidance_scale != 1:
-            null = self.network.null_context(tokens=tokens, token_mask=token_mask, **known)
-        return self._denoise(size, context, null, generators, options, x_T, constrain=constrain)
+        if options.guidance_scale != 1 and conditions.negative_caption is not None:
+            away = self.tokenize([conditions.negative_caption] * len(tokens))
+            null = self.network.encode_context(tokens=away[0], token_mask=away[1], **shown)
+        elif options.guidance_scale != 1:
+            null = self.network.null_context(tokens=tokens, token_mask=token_mask, **shown)
+        return self._denoise(size, context, null, generators, options, x_T, known=known)
 
-    def _known(self, conditions: Conditions) -> dict[str, Tensor]:
-        """The picture to be kept in part and where it is kept, at this stage's size."""
-        image, repaint, side = conditions.image, conditions.repaint, self.image_size
-        if image is None or repaint is None or not self.config.network.inpainting:
-            return {}
-        if image.shape[-2:] != (side, side):
-            image = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        # A pixel is known only where all of what it covers is.
-        keep = F.adaptive_max_pool2d(repaint.float(), side) == 0
-        return {"image": image, "keep": keep}
+    @property
+    def is_shown_known(self) -> bool:
+        """Whether the network has channels for a picture that is known in part."""
+        return self.config.network.inpainting
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage's folder, with its tokenizer if that came from a folder."""

@@ -15,17 +15,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from unclip.clip import FrozenCLIP, Text
-from unclip.diffusion import DiffusionConfig, make_scheduler, sampling_timesteps
+from unclip.clip import FrozenCLIP, Text, blend, split_weights
+from unclip.diffusion import DiffusionConfig, Resampling, make_scheduler, sampling_timesteps
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
 from unclip.priors import KINDS, Prior, PriorOptions, TransformerPrior
 from unclip.stages import Conditions, DecoderStage, PictureStage, SamplingOptions
 
-StageCallback = Callable[[str, int, int, Tensor, Tensor], None]
+StageCallback = Callable[[str, int, int, Tensor, Tensor], object]
+
+
+class Cancelled(Exception):
+    """A callback has stopped the drawing; its stage has gone back to where it waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,11 @@ class CascadeOptions:
     """The upsamplers'."""
     eta: float = 0.0
     """Noise the decoder's `ddim` adds back, 0 to 1."""
+    negative_prompt: str | None = None
+    """A caption that guidance leads away from, in the prior and the decoder, where it would else
+    lead away from no caption."""
+    best_of: int = 1
+    """Pictures drawn for each one that is kept, by how close CLIP finds them to the caption."""
     size: int | None = None
     """Side to stop at, px: the decoder's or an upsampler's; None: the largest."""
 
@@ -66,13 +76,21 @@ class CascadeOptions:
                     f"{name} must not be negative; got {getattr(self, name)}: use 1 for no "
                     "guidance, above 1 for more of the condition"
                 )
-        for name in ("num_candidates", "prior_steps", "decoder_steps", "upsampler_steps"):
+        for name in (
+            "num_candidates",
+            "prior_steps",
+            "decoder_steps",
+            "upsampler_steps",
+            "best_of",
+        ):
             if getattr(self, name) < 1:
                 default = next(f.default for f in fields(self) if f.name == name)
                 raise ValueError(
                     f"{name} must be at least 1; got {getattr(self, name)}: use {default}"
                 )
         self._check_of_prior()
+        if self.negative_prompt is not None:
+            check_prompt(self.negative_prompt, "negative_prompt")
         for name in ("sampler", "upsampler_sampler"):
             try:
                 make_scheduler(DiffusionConfig(), getattr(self, name))
@@ -158,10 +176,11 @@ def _as_of_prior(error: ValueError) -> str:
     return f"{own} {rule}"
 
 
-def check_prompt(prompt: object) -> None:
-    """Raise ValueError where a caption is empty, or no text at all."""
+def check_prompt(prompt: object, name: str = "prompt") -> None:
+    """Raise ValueError where a caption is empty or no text at all, or its weights are none."""
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt must not be empty; got {prompt!r}: describe the picture in words")
+        raise ValueError(f"{name} must not be empty; got {prompt!r}: describe the picture in words")
+    split_weights(prompt)
 
 
 class UnCLIP:
@@ -334,8 +353,11 @@ class UnCLIP:
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
         image_embed: Tensor | None = None,
+        x_T: Tensor | None = None,
+        low_res: Tensor | None = None,
         image: Tensor | None = None,
         repaint: Tensor | None = None,
+        resampling: Resampling | None = None,
         batch_size: int = 8,
         progress: bool = True,
         callback: StageCallback | None = None,
@@ -344,32 +366,42 @@ class UnCLIP:
         """Draw pictures: all of the first prompt, then all of the second, and so on.
 
         Args:
-            prompts: captions. None with an `image_embed`: the decoder is given no caption.
+            prompts: captions, which may be blends of weighted ones: `a cat::2 a dog::1` (see
+                `unclip.clip.split_weights`). None with an `image_embed` or `low_res`: the stages
+                are given no caption.
             num_images: pictures for each prompt.
             seed: picture k has the seed `seed + k`; or a sequence of a seed for each picture. A
                 picture depends on its own caption, embedding and seed alone, not on what else is
                 drawn (to the last bits of rounding, which the batch's size may change), and no
                 stage's noise depends on another stage's steps.
             image_embed: [D] for all prompts, or [P, D]; skips the prior.
-            image: [3, H, W] in [-1, 1], any size: a picture to paint parts of anew, for models
-                with an inpainting network (GLIDE's).
+            x_T: [3, s, s] for all prompts, or [P, 3, s, s]: the noise that the decoder starts
+                from, of its own size, from `invert` for one; None draws it by the seed.
+            low_res: [3, s, s] for all prompts, or [P, 3, s, s] in [-1, 1], s the side that an
+                upsampler enlarges: skips the stages before it.
+            image: [3, H, W] in [-1, 1], any size: a picture to paint parts of anew.
             repaint: [1, H, W] or [H, W], above 0 (white) where it is to be painted anew.
+            resampling: for networks without channels for what is known (GLIDE's inpainting ones
+                have them): how often they go back, for the new to fit the old; None: never.
             batch_size: pictures drawn at once.
             progress: show a bar for each stage.
-            callback: called after each step with (stage, step, timestep, x_t, x_0).
+            callback: called after each step with (stage, step, timestep, x_t, x_0); False from it
+                cancels, and so does any exception. What was drawn is dropped.
             options: fields of `CascadeOptions`, before the model's own `sampling`.
 
         Raises:
             ValueError: an argument is out of its range; nothing has been drawn.
+            Cancelled: the callback has returned False.
         """
         chosen = self._options(options)
         self._check_steps(chosen)
+        self._check_best_of(chosen, prompts)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
-        self._check_inpainting(image, repaint)
-        captions, embeds = self._conditions(prompts, image_embed, num_images)
+        self._check_inpainting(image, repaint, resampling, chosen)
+        captions, given = self._conditions(prompts, image_embed, x_T, low_res, num_images)
         count = len(captions)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
@@ -379,14 +411,14 @@ class UnCLIP:
         known = {}
         if image is not None and repaint is not None:
             known = {"image": image[None], "repaint": repaint.reshape(1, 1, *repaint.shape[-2:])}
-        run = _Run(chosen, progress, callback, known, seconds={})
+        run = _Run(chosen, progress, callback, known, resampling, seconds={})
         parts = []
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             run.title = f" {start + 1}-{min(start + batch_size, count)}/{count}"
             run.title = run.title if count > batch_size else ""
-            batch_embeds = None if embeds is None else embeds[rows]
-            parts.append(self._batch(captions[rows], batch_embeds, seeds[rows], run))
+            batch_given = {name: part[rows] for name, part in given.items()}
+            parts.append(self._batch(captions[rows], batch_given, seeds[rows], run))
         drawn, pictures = zip(*parts, strict=True)
         return CascadeOutput(
             by_size={size: torch.cat([p[size] for p in pictures]) for size in pictures[0]},
@@ -420,121 +452,355 @@ class UnCLIP:
                 f"draws; got {options.size}: leave it out for {self.sizes[-1]}"
             )
 
-    def _check_inpainting(self, image: Tensor | None, repaint: Tensor | None) -> None:
+    def _check_best_of(self, options: CascadeOptions, prompts: object) -> None:
+        if options.best_of == 1:
+            return
+        if self.clip is None or prompts is None:
+            raise ValueError(
+                f"best_of needs a CLIP and a caption to choose by; got {options.best_of} with "
+                f"{'no CLIP' if self.clip is None else 'no caption'}: leave it out"
+            )
+        self.clip.required_image_size()
+
+    def _check_inpainting(
+        self,
+        image: Tensor | None,
+        repaint: Tensor | None,
+        resampling: Resampling | None,
+        options: CascadeOptions,
+    ) -> None:
         if image is None and repaint is None:
             return
-        if not (isinstance(self.decoder, GlideStage) and self.decoder.config.network.inpainting):
-            raise ValueError(
-                "image and repaint need a decoder with channels for them; got a model without: "
-                "load one of GLIDE's inpainting networks, or leave them out"
-            )
         shapes = [None if part is None else tuple(part.shape) for part in (image, repaint)]
         if image is None or repaint is None or image.ndim != 3 or repaint.ndim not in (2, 3):
             raise ValueError(
                 "image must be [3, H, W] and repaint [1, H, W], and both be given; got "
                 f"{shapes[0]} and {shapes[1]}"
             )
+        if image.shape[-2:] != repaint.shape[-2:]:
+            raise ValueError(
+                f"repaint must be as large as image, {list(image.shape[-2:])}; got "
+                f"{list(repaint.shape[-2:])}: draw the mask on the picture"
+            )
+        for name in ("sampler", "upsampler_sampler"):
+            sampler = getattr(options, name)
+            if resampling is not None and sampler not in ("ddpm", "ddim"):
+                raise ValueError(
+                    f"{name} must be 'ddpm' or 'ddim' for resampling; got {sampler!r}: use 'ddim'"
+                )
 
     def _conditions(
-        self, prompts: str | Sequence[str] | None, image_embed: Tensor | None, num_images: int
-    ) -> tuple[list[str | None], Tensor | None]:
-        """Captions and embeddings [B, D] (None: to be drawn) of each picture."""
+        self,
+        prompts: str | Sequence[str] | None,
+        image_embed: Tensor | None,
+        x_T: Tensor | None,
+        low_res: Tensor | None,
+        num_images: int,
+    ) -> tuple[list[str | None], dict[str, Tensor]]:
+        """The caption of each picture, and what else was given, of B pictures each."""
         if isinstance(self.decoder, GlideStage) and (prompts is None or image_embed is not None):
             raise ValueError(
                 "this model's decoder reads captions alone: prompts must be given and image_embed "
                 f"must not; got {'an image_embed' if prompts else 'no prompts'}"
             )
-        if prompts is None and image_embed is None:
+        if prompts is None and image_embed is None and low_res is None:
             raise ValueError("prompts must be given where image_embed is not; got neither")
-        if image_embed is None and self.prior is None and isinstance(self.decoder, DecoderStage):
+        if (
+            image_embed is None
+            and low_res is None
+            and self.prior is None
+            and isinstance(self.decoder, DecoderStage)
+        ):
             raise ValueError(
                 "this model has no prior, so image_embed must be given; got None: embed a picture "
                 "with clip.encode_image, or load the model with prior=<a model that has one>"
             )
-        given: list[str | None]
+        captions: list[str | None]
         if prompts is None:
-            assert image_embed is not None
-            given = [None] * (1 if image_embed.ndim == 1 else len(image_embed))
+            first, single = (image_embed, 1) if image_embed is not None else (low_res, 3)
+            assert first is not None
+            captions = [None] * (1 if first.ndim == single else len(first))
         else:
-            given = [prompts] if isinstance(prompts, str) else list(prompts)
-            if not given:
+            captions = [prompts] if isinstance(prompts, str) else list(prompts)
+            if not captions:
                 raise ValueError("prompts must hold at least one caption; got none: give one")
-            for prompt in given:
+            for prompt in captions:
                 check_prompt(prompt)
-        captions = [prompt for prompt in given for _ in range(num_images)]
-        if image_embed is None:
-            return captions, None
-        assert self.clip is not None
-        embed = image_embed.expand(len(given), -1) if image_embed.ndim == 1 else image_embed
-        if embed.shape != (len(given), self.clip.embed_dim):
-            raise ValueError(
-                f"image_embed must be [{self.clip.embed_dim}], or [{len(given)}, "
-                f"{self.clip.embed_dim}] for {len(given)} prompts; got {list(image_embed.shape)}: "
-                "use this model's own CLIP to make it"
-            )
-        return captions, embed.repeat_interleave(num_images, dim=0)
+        sides, side = [self.decoder.image_size], self.decoder.image_size
+        if low_res is not None:
+            sides, side = self.sizes[:-1], low_res.shape[-1]
+            if side not in sides or low_res.shape[-2] != side:
+                raise ValueError(
+                    f"low_res must have a side among {sides}, which this model's upsamplers "
+                    f"enlarge; got {list(low_res.shape[-2:])}: resize it, or load an upsampler"
+                )
+        given = {
+            "image_embed": (image_embed, (None if self.clip is None else self.clip.embed_dim,)),
+            "x_T": (x_T, (3, sides[0], sides[0])),
+            "low_res": (low_res, (3, side, side)),
+        }
+        parts = {
+            name: _rows(name, part, shape, len(captions)).repeat_interleave(num_images, dim=0)
+            for name, (part, shape) in given.items()
+            if part is not None
+        }
+        return [caption for caption in captions for _ in range(num_images)], parts
 
     def _batch(
-        self, captions: list[str | None], embeds: Tensor | None, seeds: list[int], run: _Run
+        self, captions: list[str | None], given: Mapping[str, Tensor], seeds: list[int], run: _Run
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Embeddings [B, D] and pictures by size of one batch."""
         options, device = run.options, self.device
-        text, empty = self._encode(captions, run)
+        known: dict[str, Any] = {
+            name: part.to(device).expand(len(seeds), -1, -1, -1) for name, part in run.known.items()
+        }
+        given = {name: part.to(device, torch.float32) for name, part in given.items()}
+        x_T = given.get("x_T")
+        conditions = self._encode(captions, run)
+        conditions = replace(
+            conditions,
+            image_embed=given.get("image_embed"),
+            low_res=given.get("low_res"),
+            **known,
+        )
+        by_size: dict[int, Tensor] = {}
         # The weights are in `dtype` already; autocast is what casts the fp32 conditions to them.
-        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast:
-            if embeds is None and self.prior is not None and isinstance(self.decoder, DecoderStage):
-                assert text is not None
-                with self._at_work(self.prior), run.timed("prior", device):
-                    embeds = self.prior.sample(
-                        text,
-                        generators=picture_generators(seeds, "prior"),
-                        empty=empty,
-                        **options.of_prior,
-                        progress=run.bar("prior"),
-                        callback=run.callback_of("prior"),
-                    )
-            embeds = None if embeds is None else embeds.to(device, torch.float32)
-            known = {
-                name: part.to(device).expand(len(seeds), -1, -1, -1)
-                for name, part in run.known.items()
-            }
-            conditions = Conditions(
-                image_embed=embeds, text=text, empty=empty, captions=captions, **known
-            )
-            by_size: dict[int, Tensor] = {}
-            for stage in (self.decoder, *self.upsamplers):
-                if by_size and options.size is not None and stage.image_size > options.size:
+        with self._autocast():
+            if conditions.low_res is None:
+                attempts = []
+                for attempt in range(options.best_of):
+                    # The first is the picture that is drawn where there is no choice.
+                    mark = f"/{attempt}" if attempt else ""
+                    attempts.append(self._decoded(conditions, x_T, seeds, run, mark))
+                conditions = self._best(attempts, run)
+                assert conditions.low_res is not None
+                by_size[self.decoder.image_size] = conditions.low_res.float().cpu()
+            for stage in self.upsamplers:
+                assert conditions.low_res is not None
+                if options.size is not None and stage.image_size > options.size:
                     break
-                name = f"upsampler_{stage.image_size}" if by_size else "decoder"
-                with self._at_work(stage), run.timed(name, device):
-                    images = stage.sample(
-                        conditions,
-                        picture_generators(seeds, name),
-                        SamplingOptions(
-                            **(options.of_upsamplers if by_size else options.of_decoder),
-                            progress=run.bar(name),
-                            callback=run.callback_of(name),
-                        ),
-                    )
+                if stage.image_size <= conditions.low_res.shape[-1]:
+                    continue
+                images = self._drawn(stage, conditions, seeds, run)
                 conditions = replace(conditions, low_res=images)
                 by_size[stage.image_size] = images.float().cpu()
+        embeds = conditions.image_embed
         return None if embeds is None else embeds.cpu(), by_size
 
-    def _encode(self, captions: list[str | None], run: _Run) -> tuple[Text | None, Text | None]:
-        """What CLIP says of the captions, and of the empty prompt where a stage reads it."""
-        prompts = [caption for caption in captions if caption is not None]
+    def _decoded(
+        self,
+        conditions: Conditions,
+        x_T: Tensor | None,
+        seeds: list[int],
+        run: _Run,
+        attempt: str,
+    ) -> Conditions:
+        """The conditions with an image_embed, drawn if need be, and the decoder's pictures."""
+        if conditions.image_embed is None and isinstance(self.decoder, DecoderStage):
+            embeds = self._embeds(conditions, seeds, run, attempt)
+            conditions = replace(conditions, image_embed=embeds)
+        images = self._drawn(self.decoder, conditions, seeds, run, x_T, attempt)
+        return replace(conditions, low_res=images)
+
+    def _embeds(
+        self, conditions: Conditions, seeds: list[int], run: _Run, attempt: str = ""
+    ) -> Tensor:
+        """What the prior draws, [B, D] fp32."""
+        assert self.prior is not None and conditions.text is not None
+        with self._at_work(self.prior), run.timed("prior", self.device):
+            embeds = self.prior.sample(
+                conditions.text,
+                generators=picture_generators(seeds, "prior" + attempt),
+                empty=conditions.empty,
+                negative=conditions.negative,
+                **run.options.of_prior,
+                progress=run.bar("prior"),
+                callback=run.callback_of("prior"),
+            )
+        return embeds.float()
+
+    def _drawn(
+        self,
+        stage: PictureStage,
+        conditions: Conditions,
+        seeds: list[int],
+        run: _Run,
+        x_T: Tensor | None = None,
+        attempt: str = "",
+    ) -> Tensor:
+        """What one stage draws, [B, 3, S, S]."""
+        is_decoder, options = stage is self.decoder, run.options
+        name = "decoder" if is_decoder else f"upsampler_{stage.image_size}"
+        with self._at_work(stage), run.timed(name, self.device):
+            return stage.sample(
+                conditions,
+                picture_generators(seeds, name + attempt),
+                SamplingOptions(
+                    **(options.of_decoder if is_decoder else options.of_upsamplers),
+                    resampling=run.resampling,
+                    progress=run.bar(name),
+                    callback=run.callback_of(name),
+                ),
+                x_T,
+            )
+
+    def _best(self, attempts: list[Conditions], run: _Run) -> Conditions:
+        """Of several attempts at B pictures, each picture's best by CLIP."""
+        if len(attempts) == 1 or self.clip is None:
+            return attempts[0]
+        text = attempts[0].text
+        assert text is not None
+        with self._at_work(self.clip), run.timed("choice", self.device):
+            views = [
+                self.clip.encode_image(attempt.low_res.float())
+                for attempt in attempts
+                if attempt.low_res is not None
+            ]
+        cosine = F.cosine_similarity(torch.stack(views), text.text_embed, dim=-1)  # [K, B]
+        best, rows = cosine.argmax(0), torch.arange(cosine.shape[1], device=cosine.device)
+        chosen: dict[str, Any] = {}
+        for field in ("image_embed", "low_res"):
+            drawn = [getattr(attempt, field) for attempt in attempts]
+            if drawn[0] is not None:
+                chosen[field] = torch.stack(drawn)[best, rows]
+        return replace(attempts[0], **chosen)
+
+    @torch.no_grad()
+    def embed(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        progress: bool = True,
+        callback: StageCallback | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The image embeddings that the prior draws for P prompts, [P, D] fp32 on the CPU: those of
+        the pictures that a call with the same arguments draws.
+
+        Raises:
+            ValueError: an argument is out of its range, or the model has no prior.
+            Cancelled: the callback has returned False.
+        """
+        chosen = self._options(options)
+        self._check_steps(chosen)
+        captions, _ = self._conditions(prompts, None, None, None, 1)
+        if self.prior is None:
+            raise ValueError("embed needs a prior; got a model without: load another model")
+        seeds = [seed + k for k in range(len(captions))] if isinstance(seed, int) else list(seed)
+        run = _Run(chosen, progress, callback, {}, None, seconds={})
+        with self._autocast():
+            return self._embeds(self._encode(captions, run), seeds, run).cpu()
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,
+        *,
+        image_embed: Tensor,
+        prompts: str | Sequence[str] | None = None,
+        num_iterations: int = 1,
+        progress: bool = True,
+        callback: StageCallback | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The decoder's noise behind pictures (paper, section 3): `x_T` with which a call by the
+        same embedding, prompts and options draws them again.
+
+        Args:
+            images: [B, 3, s, s] in [-1, 1], of the decoder's side.
+            image_embed: [D] for all pictures, or [B, D].
+            prompts: a caption for all of them, or one each; None: without.
+            num_iterations: network evaluations a step; see `unclip.diffusion.invert`.
+            progress, callback: as a call has them; the stage is `inversion`.
+            options: fields of `CascadeOptions`: `decoder_steps`, `guidance_scale`,
+                `negative_prompt`. The sampler must be `ddim` and eta 0.
+
+        Returns:
+            [B, 3, s, s] fp32 on the CPU.
+
+        Raises:
+            ValueError: an argument is out of its range, or the model has no decoder that reads an
+                image_embed.
+            Cancelled: the callback has returned False.
+        """
+        chosen = self._options(options)
+        self._check_steps(chosen)
+        if isinstance(self.decoder, GlideStage):
+            raise ValueError(
+                "inversion needs a decoder that reads an image_embed; got GLIDE's, which reads "
+                "captions alone: load another model"
+            )
+        if chosen.sampler != "ddim" or chosen.eta:
+            raise ValueError(
+                f"sampler must be 'ddim' and eta 0 for inversion; got {chosen.sampler!r} and "
+                f"{chosen.eta}: leave them out"
+            )
+        embeds = image_embed.expand(len(images), -1) if image_embed.ndim == 1 else image_embed
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        captions, given = self._conditions(prompts, embeds, None, None, 1)
+        if len(captions) != len(images):
+            raise ValueError(
+                f"prompts and image_embed must be one for all pictures, or {len(images)}; got "
+                f"{len(captions)}: give one each"
+            )
+        run = _Run(chosen, progress, callback, {}, None, seconds={})
+        with self._autocast():
+            embeds = given["image_embed"].to(self.device, torch.float32)
+            conditions = replace(self._encode(captions, run), image_embed=embeds)
+            with self._at_work(self.decoder):
+                x_T = self.decoder.invert(
+                    images.to(self.device, torch.float32),
+                    conditions,
+                    SamplingOptions(
+                        **chosen.of_decoder,
+                        progress=run.bar("inversion"),
+                        callback=run.callback_of("inversion"),
+                    ),
+                    num_iterations,
+                )
+        return x_T.cpu()
+
+    def _encode(self, captions: list[str | None], run: _Run) -> Conditions:
+        """What CLIP says of the captions, of the negative one, and of the empty prompt where a
+        stage reads it."""
+        away = run.options.negative_prompt
+        conditions = Conditions(captions=captions, negative_caption=away)
         if self.clip is None:
-            return None, None
+            return conditions
+        prompts = [caption for caption in captions if caption is not None]
+        prompts += [] if away is None else [away]
         with self._at_work(self.clip), run.timed("text", self.device):
-            text = self.clip.encode_text(prompts).trimmed() if prompts else None
+            text = self._text(prompts) if prompts else None
             stages = [
                 s
                 for s in (self.prior, self.decoder)
                 if isinstance(s, TransformerPrior | DecoderStage)
             ]
             reads_empty = any(s.config.network.null_text == "empty_prompt" for s in stages)
-            return text, self.clip.encode_text([""]) if reads_empty else None
+            empty = self.clip.encode_text([""]) if reads_empty else None
+        negative = None
+        if text is not None and away is not None:
+            text, negative = text.rows(slice(-1)), text.rows(slice(-1, None))
+        has_text = text is not None and len(text.text_embed) > 0
+        return replace(conditions, text=text if has_text else None, empty=empty, negative=negative)
+
+    def _text(self, prompts: Sequence[str]) -> Text:
+        """The conditioning of prompts, weighted ones blended."""
+        assert self.clip is not None
+        parts = [split_weights(prompt) for prompt in prompts]
+        text = self.clip.encode_text([caption for part in parts for caption, _ in part]).trimmed()
+        if len(text.text_embed) == len(prompts):
+            return text
+        rows, start = [], 0
+        for part in parts:
+            captions = text.rows(slice(start, start := start + len(part)))
+            weights = [weight for _, weight in part]
+            rows.append(blend(captions, weights, self.clip.unit_norm) if part[1:] else captions)
+        return Text(*map(torch.cat, zip(*rows, strict=True)))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
     def _at_work(self, stage: nn.Module) -> Iterator[None]:
@@ -558,6 +824,7 @@ class _Run:
     progress: bool
     callback: StageCallback | None
     known: dict[str, Tensor]
+    resampling: Resampling | None
     seconds: dict[str, float]
     title: str = ""
 
@@ -566,7 +833,14 @@ class _Run:
 
     def callback_of(self, stage: str) -> Callable[[int, int, Tensor, Tensor], None] | None:
         callback = self.callback
-        return None if callback is None else lambda *step: callback(stage, *step)
+        if callback is None:
+            return None
+
+        def call(step: int, *state: Any) -> None:
+            if callback(stage, step, *state) is False:
+                raise Cancelled(f"cancelled in step {step + 1} of the {stage}")
+
+        return call
 
     @contextmanager
     def timed(self, stage: str, device: torch.device) -> Iterator[None]:
@@ -575,6 +849,24 @@ class _Run:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # kernels run on after the call has returned
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _rows(name: str, part: Tensor, shape: tuple[int | None, ...], count: int) -> Tensor:
+    """What was given, once or for each of `count` prompts, as a batch of them; raises ValueError
+    where it has another shape or is not finite."""
+    batch = part.expand(count, *part.shape) if part.ndim == len(shape) else part
+    if tuple(batch.shape) != (count, *shape):
+        one, all_ = list(shape), [count, *shape]
+        raise ValueError(
+            f"{name} must be {one}, or {all_} for {count} prompts; got {list(part.shape)}: "
+            + ("use this model's own CLIP to make it" if name == "image_embed" else "resize it")
+        )
+    if not batch.isfinite().all():
+        raise ValueError(
+            f"{name} must be finite; got NaN or infinity in {list(part.shape)}: look at what made "
+            "it"
+        )
+    return batch
 
 
 def picture_generators(seeds: Sequence[int], stage: str) -> list[torch.Generator]:

@@ -9,14 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
-from unclip.diffusion import DiffusionConfig, Network, sample, sampling_timesteps
+from unclip.diffusion import (
+    DiffusionConfig,
+    Network,
+    Resampling,
+    invert,
+    sample,
+    sampling_timesteps,
+)
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from unclip.priors import TextConditioning, fill_dropped
 
@@ -36,6 +44,9 @@ class SamplingOptions:
     """Classifier-free guidance; 1 is off."""
     eta: float = 0.0
     """Noise DDIM adds back, 0 to 1."""
+    resampling: Resampling | None = None
+    """How a network without channels for a known picture paints parts of it anew; None: by what is
+    known alone, without going back."""
     progress: str | None = None
     """Title of a progress bar, or None."""
     callback: StepCallback | None = None
@@ -54,14 +65,43 @@ class Conditions:
     empty: TextConditioning | None = None
     """What CLIP says of one empty prompt, which stands for no caption where the network's
     `null_text` is `empty_prompt`."""
+    negative: TextConditioning | None = None
+    """What CLIP says of one caption to stay away from, on as many tokens as `text`: guidance takes
+    it for no caption."""
     captions: Sequence[str | None] | None = None
     """The captions themselves, for stages with a text encoder of their own."""
+    negative_caption: str | None = None
+    """The caption to stay away from, for those stages."""
     low_res: Tensor | None = None
     """[B, 3, h, w] in [-1, 1] what the stage before drew."""
     image: Tensor | None = None
     """[B, 3, H, W] in [-1, 1] a picture to be kept in part, of any size."""
     repaint: Tensor | None = None
     """[B, 1, H, W] True (or above 0) where it is to be painted anew."""
+
+
+class Known(NamedTuple):
+    """A picture to be kept in part, at a stage's size."""
+
+    image: Tensor
+    """[B, 3, S, S] in [-1, 1]."""
+    keep: Tensor
+    """[B, 1, S, S] bool, True = the pixel is known."""
+
+    @classmethod
+    def of(cls, conditions: Conditions, side: int) -> Known | None:
+        """What the conditions say is known, on S = `side` px; None if they say nothing."""
+        image, repaint = conditions.image, conditions.repaint
+        if image is None or repaint is None:
+            return None
+        if image.shape[-2:] != (side, side):
+            image = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        # A pixel is known only where all of what it covers is.
+        return cls(image, F.adaptive_max_pool2d(repaint.float(), side) == 0)
+
+    def hold(self, x_0: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] with what is known put back."""
+        return torch.where(self.keep, self.image, x_0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +177,7 @@ class PictureStage(nn.Module):
         options: SamplingOptions,
         x_T: Tensor | None = None,
         network: Network | None = None,
-        constrain: Callable[[Tensor], Tensor] | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         weight = next(self.network.parameters())
         return sample(
@@ -154,10 +194,17 @@ class PictureStage(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
             x_T=x_T,
-            constrain=constrain,
+            constrain=None if known is None else known.hold,
+            # A network that is shown what is known needs no second attempt.
+            resampling=None if known is None or self.is_shown_known else options.resampling,
             progress=options.progress,
             callback=options.callback,
         ).clamp(-1, 1)
+
+    @property
+    def is_shown_known(self) -> bool:
+        """Whether the network has channels for a picture that is known in part."""
+        return False
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage's folder."""
@@ -218,16 +265,74 @@ class DecoderStage(PictureStage):
         options: SamplingOptions,
         x_T: Tensor | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, S, S] from `image_embed`, `text`, `empty`; see `PictureStage.sample`."""
+        """Pictures [B, 3, S, S] from `image_embed`, `text`, `empty`, `negative`, `image`,
+        `repaint`; see `PictureStage.sample`."""
+        context, null = self._contexts(conditions, options)
+        known = Known.of(conditions, self.image_size)
+        return self._denoise(self.image_size, context, null, generators, options, x_T, known=known)
+
+    def invert(
+        self,
+        images: Tensor,
+        conditions: Conditions,
+        options: SamplingOptions,
+        num_iterations: int = 1,
+    ) -> Tensor:
+        """The noise x_T [B, 3, S, S], fp32, from which `sample` by `ddim` under the same conditions
+        and options leads back to pictures [B, 3, S, S] (paper, section 3).
+
+        Args:
+            images: in [-1, 1].
+            conditions: what `sample` is given.
+            options: steps and guidance; the rest is left aside.
+            num_iterations: network evaluations of a step; see `unclip.diffusion.invert`.
+
+        Raises:
+            ValueError: the pictures have another size, or a condition does not fit.
+        """
+        side = self.image_size
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images must be [B, 3, {side}, {side}], what the decoder draws; got "
+                f"{list(images.shape)}: resize them"
+            )
+        context, null = self._contexts(conditions, options)
+        return invert(
+            self.network,
+            self.config.diffusion,
+            images,
+            context=context,
+            null_context=null,
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            num_iterations=num_iterations,
+            dtype=next(self.network.parameters()).dtype,
+            progress=options.progress,
+            callback=options.callback,
+        )
+
+    def _contexts(
+        self, conditions: Conditions, options: SamplingOptions
+    ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None] | None]:
+        """The network's context, and for guidance the one without the condition, or with that which
+        is to be stayed away from."""
         image_embed, text, empty = conditions.image_embed, conditions.text, conditions.empty
+        negative = conditions.negative
         if image_embed is None:
             raise ValueError("image_embed must be given to a decoder; got None: draw it by a prior")
-        null = None
+        everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
+        away, no_text, null = None, None, None
+        if negative is not None:
+            away = negative.rows(torch.zeros_like(everything, dtype=torch.long))
+            if text is None:  # no caption, on as many tokens as the negative has
+                text, no_text = away, everything
         if options.guidance_scale != 1:
-            everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
-            null = self.encode_context(image_embed, text, everything, everything, empty)
-        context = self.encode_context(image_embed, text, empty=empty)
-        return self._denoise(self.image_size, context, null, generators, options, x_T)
+            null = (
+                self.encode_context(image_embed, text, everything, everything, empty)
+                if away is None
+                else self.encode_context(image_embed, away, everything, empty=empty)
+            )
+        return self.encode_context(image_embed, text, None, no_text, empty), null
 
 
 class UpsamplerStage(PictureStage):
@@ -252,7 +357,8 @@ class UpsamplerStage(PictureStage):
         options: SamplingOptions,
         x_T: Tensor | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, scale h, scale h] from `low_res`; see `PictureStage.sample`."""
+        """Pictures [B, 3, scale h, scale h] from `low_res`, and `image` and `repaint` where parts
+        are to be kept; see `PictureStage.sample`."""
         low_res = required_low_res(conditions)
         noise_level = None
         if self.config.network.noise_conditioning:
@@ -268,7 +374,8 @@ class UpsamplerStage(PictureStage):
             out: Tensor = chosen(x_t, timesteps, context)
             return out
 
-        return self._denoise(size, context, None, generators, options, x_T, network)
+        known = Known.of(conditions, size)
+        return self._denoise(size, context, None, generators, options, x_T, network, known)
 
 
 def required_low_res(conditions: Conditions) -> Tensor:

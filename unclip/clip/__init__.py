@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from unclip.clip.blend import blend, split_weights
 from unclip.clip.frozen import FrozenCLIP, Text
 from unclip.clip.huggingface import HuggingFaceCLIP, load_huggingface
 from unclip.clip.openclip import (
@@ -28,10 +29,12 @@ __all__ = [
     "HuggingFaceCLIP",
     "OpenCLIP",
     "Text",
+    "blend",
     "is_clip_folder",
     "load_clip",
     "load_openclip",
     "new_clip",
+    "split_weights",
     "write_clip_config",
     "write_vocabulary",
 ]

@@ -43,6 +43,9 @@ class PriorOptions:
     top_p: float = 1.0
     """Of a prior that draws tokens: only the likeliest that hold this much probability are drawn
     (Holtzman et al. 2020)."""
+    negative: TextConditioning | None = None
+    """Conditioning of one caption, on as many tokens as the others, that guidance leads away from
+    in place of no caption."""
     progress: str | None = None
     """Title of a progress bar, or None."""
     callback: Callback | None = None
@@ -253,7 +256,10 @@ class TransformerPrior(Prior):
         null = None
         if options.guidance_scale != 1:
             dropped = torch.ones_like(embed[:, 0], dtype=torch.bool)
-            null = repeated(self.encode_context(text, dropped, empty))
+            away = self.encode_context(text, dropped, empty)
+            if options.negative is not None:
+                away = self.encode_context(options.negative.rows(torch.zeros_like(dropped).long()))
+            null = repeated(away)
         return repeated(self.encode_context(text)), null
 
 
