@@ -1,4 +1,5 @@
-"""Draw pictures from captions: `python sample.py --guidance 3.0 --prompt "a red circle"`.
+"""Draw pictures from captions: `python sample.py --guidance 3.0 --prompt "a red circle"`; or do
+something to a picture that is there: `python sample.py variations cat.png`.
 
 Writes one PNG a picture and a captioned grid, and prints where they are and what each stage took.
 Every PNG carries all that made it: `--from-png FILE` draws the same picture again.
@@ -7,9 +8,9 @@ Every PNG carries all that made it: `--from-png FILE` draws the same picture aga
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
 import math
-import re
+import shlex
 import sys
 import time
 import warnings
@@ -18,7 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
+
+from unclip.pictures import (
+    NOT_OURS,
+    animated,
+    check_writable,
+    encoded,
+    grid,
+    next_number,
+    read_metadata,
+    save,
+    slug,
+    strip,
+    to_pil,
+    write_new,
+)
 
 if TYPE_CHECKING:
     from unclip import UnCLIP
@@ -32,7 +48,6 @@ DEFAULT_PROMPTS = [
 DEFAULTS = {"model": "shapes", "dtype": "float32"}
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 8
-METADATA_KEY, FORMAT, VERSION = "unclip", "unclip-picture", 1
 
 # Flag -> field of CascadeOptions, whose defaults the help repeats (a test compares them): reading
 # them from there would make `--help` wait for torch.
@@ -53,6 +68,17 @@ OPTIONS: list[tuple[list[str], str, type, str]] = [
     (["--best-of"], "best_of", int, "pictures drawn for each one kept, by CLIP (default: 1)"),
     (["--size"], "size", int, "side to stop at, px (default: the model's largest)"),
 ]
+VERBS = {
+    "variations": "pictures of which CLIP sees the same as of IMAGE",
+    "invert": "find the noise behind IMAGE, and draw it again from that",
+    "interpolate": "pictures from A to B, each a picture or a caption",
+    "text-diff": "take IMAGE from what one text says to what another does",
+    "pca": "draw IMAGE from more and more principal components of its embedding",
+    "inpaint": "paint the white parts of --mask anew in IMAGE, keep the black ones",
+    "upscale": "make IMAGE larger by the upsamplers alone",
+    "decode": "draw image embeddings from elsewhere",
+}
+EXTENSIONS = {"gif": "animation.gif", "webp": "animation.webp", "apng": "animation.png"}
 MODEL_FLAGS = ("model", "prior", "decoder", "upsampler", "device", "dtype")
 
 
@@ -65,13 +91,36 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what was not given is None."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and not words[0].startswith("-"):
+        return parse_verb(words)
+    verbs = "\n".join(f"  {name:12} {text}" for name, text in VERBS.items())
+    parser = OneLineParser(
+        description=__doc__,
+        epilog=f"what can be done to a picture (sample.py WORD --help says how):\n{verbs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; repeatable")
     what.add_argument("--prompts-file", type=Path, metavar="FILE", help="a caption a line")
     what.add_argument("--num-images", type=int, metavar="N", help="for each prompt (default: 1)")
     what.add_argument("--seed", type=int, metavar="N", help="of the first picture (default: 0)")
     what.add_argument("--from-png", type=Path, metavar="FILE", help="draw this picture again")
+    add_options(parser)
+    args = parser.parse_args(words)
+    args.verb = None
+    if args.prompt and args.prompts_file:
+        parser.error("--prompt and --prompts-file exclude each other")
+    drawing = ["prompt", "prompts_file", "num_images", "seed", *(o[1] for o in OPTIONS)]
+    if args.from_png and (given := [d for d in drawing if getattr(args, d) is not None]):
+        flag = next((o[0][0] for o in OPTIONS if o[1] == given[0]), "--" + given[0])
+        parser.error(f"--from-png repeats a picture as it was: leave out {flag.replace('_', '-')}")
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How to draw, with what, and where to: the same for every command."""
     how = parser.add_argument_group("how to draw it (other models may have other defaults)")
     for flags, dest, kind, text in OPTIONS:
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
@@ -86,14 +135,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder (default: outputs)"
     )
-    args = parser.parse_args(argv)
-    if args.prompt and args.prompts_file:
-        parser.error("--prompt and --prompts-file exclude each other")
-    drawing = ["prompt", "prompts_file", "num_images", "seed", *(o[1] for o in OPTIONS)]
-    if args.from_png and (given := [d for d in drawing if getattr(args, d) is not None]):
-        flag = next((o[0][0] for o in OPTIONS if o[1] == given[0]), "--" + given[0])
-        parser.error(f"--from-png repeats a picture as it was: leave out {flag.replace('_', '-')}")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.out)  # before minutes of drawing, not after
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            draw(args) if args.from_png is None else repeat(args)
+            if args.verb is not None:
+                edit(args)
+            else:
+                draw(args) if args.from_png is None else repeat(args)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -123,10 +167,7 @@ def draw(args: argparse.Namespace) -> None:
     if args.prompts_file is not None:
         prompts = read_prompts(args.prompts_file)
     num_images = 1 if args.num_images is None else args.num_images
-    settings = {flag: getattr(args, flag) or DEFAULTS.get(flag) for flag in MODEL_FLAGS}
-    options = {name: getattr(args, name) for _, name, _, _ in OPTIONS}
-    options = {name: value for name, value in options.items() if value is not None}
-
+    settings, options = settings_of(args), options_of(args)
     check(prompts, options)  # before the model is loaded, not after
     unclip, settings["device"] = load(settings, args.offload)
     output = unclip(
@@ -156,14 +197,13 @@ def draw(args: argparse.Namespace) -> None:
     columns = num_images if num_images > 1 else math.ceil(math.sqrt(len(pictures)))
     captions = [str(prompt) for prompt in output.prompts]
     grid_path = args.out / f"{number:04d}-grid.png"
-    with grid_path.open("xb") as file:
-        grid(pictures, captions, columns).save(file, "png")
+    write_new(grid_path, encoded(grid(pictures, captions, columns)))
     report([*paths, grid_path], output.seconds, len(pictures))
 
 
 def repeat(args: argparse.Namespace) -> None:
     """The picture of `--from-png` once more."""
-    made_by = read_metadata(args.from_png)
+    made_by = settings_written(args.from_png)
     settings = {flag: getattr(args, flag) or made_by.get(flag) for flag in MODEL_FLAGS}
     batch, index = made_by["batch"], made_by["index"]
     unclip, settings["device"] = load(settings, args.offload)
@@ -180,6 +220,93 @@ def repeat(args: argparse.Namespace) -> None:
         print(f"identical to {args.from_png}")
     else:
         print(f"warning: not identical to {args.from_png}: another model, library or machine")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Which model to load, and how."""
+    return {flag: getattr(args, flag) or DEFAULTS.get(flag) for flag in MODEL_FLAGS}
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of CascadeOptions that were given."""
+    options = {name: getattr(args, name) for _, name, _, _ in OPTIONS}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def settings_written(path: Path) -> dict[str, Any]:
+    """What made a picture of captions; raises ValueError for any other."""
+    values = read_metadata(path)
+    if "verb" in values:
+        command = shlex.join(map(str, values.get("command", [])))
+        raise ValueError(
+            f"--from-png {path}: a picture of `{values['verb']}` is drawn again by its own "
+            f"command, from the same input: python sample.py {command}"
+        )
+    if not {"prompt", "batch", "index", "options", "model", "dtype"} <= values.keys():
+        raise ValueError(NOT_OURS.format(path=path))
+    names = {name for _, name, _, _ in OPTIONS}
+    if values["dtype"] not in DTYPES or not values["options"].keys() <= names:
+        raise ValueError(f"--from-png {path}: its metadata has settings that sample.py never wrote")
+    return values
+
+
+# ------------------------------------------------------------------------- what is done to pictures
+
+
+def parse_verb(words: list[str]) -> argparse.Namespace:
+    """The command line of a sub-command."""
+    name = words[0]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "captions go behind --prompt"
+        OneLineParser().error(f"no such command {name!r} among {', '.join(VERBS)}: {hint}")
+    from unclip.edits import commands
+
+    parser = OneLineParser(prog=f"sample.py {name}", description=VERBS[name], allow_abbrev=False)
+    commands.add_arguments(name, parser.add_argument_group("what to draw"))
+    add_options(parser)
+    args = parser.parse_args(words[1:])
+    args.verb, args.words, args.from_png = name, words, None
+    return args
+
+
+def edit(args: argparse.Namespace) -> None:
+    """What a sub-command draws, and its files: PNGs, and a grid, or a strip and an animation."""
+    from unclip.edits import commands
+
+    settings, options = settings_of(args), options_of(args)
+    check([] if args.prompt is None else [args.prompt], options)
+    inputs = commands.read_inputs(args)  # before the model is loaded, not after
+    unclip, settings["device"] = load(settings, args.offload)
+    drawn = commands.draw(unclip, args, inputs, options)
+    output, number = drawn.output, next_number(args.out)
+    pictures = [to_pil(image) for image in output.images]
+    first = getattr(args, commands.INPUTS_OF[args.verb][0])
+    name = f"{args.verb}-{slug(Path(first).stem)}"
+    made_by = {
+        "verb": args.verb,
+        "command": args.words,
+        "inputs": commands.inputs_noted(args),
+        **settings,
+        "options": asdict(output.options),
+        **drawn.noted,
+    }
+    paths = []
+    for k, (picture, label) in enumerate(zip(pictures, drawn.labels, strict=True)):
+        own = {"prompt": output.prompts[k] or label, "seed": output.seeds[k], "index": k}
+        path = args.out / f"{number + k:04d}-{name}.png"
+        paths.append(save(picture, {**made_by, "label": label, **own}, path))
+    files = dict(drawn.files)
+    if drawn.animation is not None:
+        files["strip.png"] = encoded(strip(pictures))
+        files[EXTENSIONS[drawn.animation]] = animated(pictures, drawn.animation)
+    elif len(pictures) > 1:
+        files["grid.png"] = encoded(grid(pictures, drawn.labels, min(len(pictures), 8)))
+    paths += [
+        write_new(args.out / f"{number:04d}-{name}-{ending}", content)
+        for ending, content in files.items()
+    ]
+    report(paths, output.seconds, len(pictures))
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -222,13 +349,6 @@ def check(prompts: Sequence[str], options: dict[str, Any]) -> None:
         check_prompt(prompt)
 
 
-def to_pil(image: Any) -> Image.Image:
-    """A tensor [3, H, W] in [-1, 1] as a picture."""
-    from unclip.data.images import to_pil
-
-    return to_pil(image)
-
-
 # ----------------------------------------------------------------------------------------- files
 
 
@@ -243,110 +363,12 @@ def read_prompts(path: Path) -> list[str]:
     raise ValueError(f"--prompts-file {path} is empty: write a caption a line")
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder; raise OSError unless files can be written into it."""
-    probe = folder / ".unclip-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"cannot write into --out {folder} ({error.strerror}): choose another folder"
-        ) from error
-
-
-def next_number(folder: Path) -> int:
-    """One more than the highest number that a file in the folder begins with."""
-    numbers = [re.match(r"(\d{4,})-", path.name) for path in folder.iterdir()]
-    return max((int(match[1]) for match in numbers if match), default=-1) + 1
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
-
-
-def save(picture: Image.Image, made_by: dict[str, Any], path: Path) -> Path:
-    """Write a PNG that says what made it; never over a file that is there."""
-    import torch
-
-    import unclip
-
-    versions = {"unclip": unclip.__version__, "torch": torch.__version__}
-    values = {"format": FORMAT, "version": VERSION, **made_by, "versions": versions}
-    info = PngImagePlugin.PngInfo()
-    info.add_text(METADATA_KEY, json.dumps(values))
-    info.add_itxt("Description", made_by["prompt"])
-    with path.open("xb") as file:
-        picture.save(file, "png", pnginfo=info)
-    return path
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save` wrote into a PNG; raises ValueError for any other picture."""
-    try:
-        with Image.open(path) as picture:
-            values = json.loads(picture.info.get(METADATA_KEY, "null"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--from-png {path} cannot be read: {error}") from error
-    known = ("format", FORMAT), ("version", VERSION)
-    needed = {"prompt", "batch", "index", "options", "model", "dtype"}
-    is_ours = isinstance(values, dict) and all(values.get(k) == v for k, v in known)
-    if not is_ours or not needed <= values.keys():
-        raise ValueError(
-            f"--from-png {path} must be a picture that sample.py wrote, with its metadata; got "
-            "one without: editors and web sites strip it, take the original file"
-        )
-    names = {name for _, name, _, _ in OPTIONS}
-    if values["dtype"] not in DTYPES or not values["options"].keys() <= names:
-        raise ValueError(f"--from-png {path}: its metadata has settings that sample.py never wrote")
-    return values
-
-
 def report(paths: Sequence[Path], seconds: dict[str, float], count: int) -> None:
     """Print where the files are and what each stage took."""
     for path in paths:
         print(path)
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
     print(f"{count} pictures in {sum(seconds.values()):.1f} s: {stages}")
-
-
-# ------------------------------------------------------------------------------------------ grid
-
-
-def grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
-    """The pictures row by row, each with its caption, wrapped, above it."""
-    gap, line_height = 12, 18
-    font = ImageFont.load_default(size=14)
-    width, height = max(pictures[0].width, 128), pictures[0].height
-    texts = [wrap(caption, font, width) for caption in captions]
-    head = line_height * max(map(len, texts)) + 4
-    rows = math.ceil(len(pictures) / columns)
-    size = columns * (width + gap) + gap, rows * (head + height + gap) + gap
-    canvas = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(canvas)
-    for k, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
-        left = gap + k % columns * (width + gap)
-        top = gap + k // columns * (head + height + gap)
-        for n, line in enumerate(lines):
-            # Captions stand on their picture, whatever the number of their lines.
-            y = top + head - 4 - line_height * (len(lines) - n)
-            pen.text((left, y), line, fill="black", font=font)
-        canvas.paste(picture, (left, top + head))
-    return canvas
-
-
-def wrap(text: str, font: Any, width: int) -> list[str]:
-    """A text in lines of at most `width` px, four of them at the most."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines if len(lines) <= 4 else [*lines[:3], lines[3] + " ..."]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "checkpoint": set(),
     "lora": FOUNDATION,
+    "pictures": {"data"},
     "pretrained": set(),
     "clip": FOUNDATION,
     "diffusion": FOUNDATION,
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": FOUNDATION | LEAVES | STAGES | {"lora", "hub"},
     "pipeline": FOUNDATION | LEAVES | STAGES | {"hub"},
     "edits": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
-    "evaluation": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
+    "evaluation": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline", "edits"},
     "__init__": {"pipeline"},  # unclip/__init__.py itself
     # What is run by `python -m` puts rooms together as the scripts do, and nobody imports it.
     "embed": {"training"},

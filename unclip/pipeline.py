@@ -23,7 +23,7 @@ from unclip.clip import FrozenCLIP, Text, blend, split_weights
 from unclip.diffusion import DiffusionConfig, Resampling, make_scheduler, sampling_timesteps
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
-from unclip.priors import KINDS, Prior, PriorOptions, TransformerPrior
+from unclip.priors import KINDS, PCA, Prior, PriorOptions, TransformerPrior
 from unclip.stages import Conditions, DecoderStage, PictureStage, SamplingOptions
 
 StageCallback = Callable[[str, int, int, Tensor, Tensor], object]
@@ -200,6 +200,7 @@ class UnCLIP:
         upsamplers: Sequence[PictureStage] = (),
         *,
         sampling: Mapping[str, Any] | None = None,
+        pca: PCA | None = None,
         offload_from: str | torch.device | None = None,
     ) -> None:
         """Put a model together.
@@ -208,6 +209,7 @@ class UnCLIP:
             clip, prior, decoder, upsamplers: stages that fit one another.
             sampling: fields of `CascadeOptions` that this model is sampled with unless a call says
                 otherwise.
+            pca: principal components of the CLIP's image embeddings, for those who edit with them.
             offload_from: a device on which each stage is only while it works; between, it stays
                 where it is now. None: every stage works where it is.
 
@@ -219,6 +221,7 @@ class UnCLIP:
         self.decoder = decoder
         self.upsamplers = list(upsamplers)
         self.sampling = dict(sampling or {})
+        self.pca = pca
         self.offload_from = None if offload_from is None else torch.device(offload_from)
         check_stages(self.stages)
         self._options({})
@@ -235,7 +238,7 @@ class UnCLIP:
     @property
     def stages(self) -> Stages:
         """What `unclip.hub` takes."""
-        return Stages(self.clip, self.prior, self.decoder, self.upsamplers, self.sampling)
+        return Stages(self.clip, self.prior, self.decoder, self.upsamplers, self.sampling, self.pca)
 
     @property
     def sizes(self) -> list[int]:
@@ -296,6 +299,7 @@ class UnCLIP:
             stages.decoder,
             stages.upsamplers,
             sampling=stages.sampling,
+            pca=stages.pca,
             offload_from=device if offload else None,
         )
 
@@ -607,7 +611,7 @@ class UnCLIP:
     ) -> Tensor:
         """What the prior draws, [B, D] fp32."""
         assert self.prior is not None and conditions.text is not None
-        with self._at_work(self.prior), run.timed("prior", self.device):
+        with self.at_work(self.prior), run.timed("prior", self.device):
             embeds = self.prior.sample(
                 conditions.text,
                 generators=picture_generators(seeds, "prior" + attempt),
@@ -631,7 +635,7 @@ class UnCLIP:
         """What one stage draws, [B, 3, S, S]."""
         is_decoder, options = stage is self.decoder, run.options
         name = "decoder" if is_decoder else f"upsampler_{stage.image_size}"
-        with self._at_work(stage), run.timed(name, self.device):
+        with self.at_work(stage), run.timed(name, self.device):
             return stage.sample(
                 conditions,
                 picture_generators(seeds, name + attempt),
@@ -650,7 +654,7 @@ class UnCLIP:
             return attempts[0]
         text = attempts[0].text
         assert text is not None
-        with self._at_work(self.clip), run.timed("choice", self.device):
+        with self.at_work(self.clip), run.timed("choice", self.device):
             views = [
                 self.clip.encode_image(attempt.low_res.float())
                 for attempt in attempts
@@ -748,7 +752,7 @@ class UnCLIP:
         with self._autocast():
             embeds = given["image_embed"].to(self.device, torch.float32)
             conditions = replace(self._encode(captions, run), image_embed=embeds)
-            with self._at_work(self.decoder):
+            with self.at_work(self.decoder):
                 x_T = self.decoder.invert(
                     images.to(self.device, torch.float32),
                     conditions,
@@ -770,7 +774,7 @@ class UnCLIP:
             return conditions
         prompts = [caption for caption in captions if caption is not None]
         prompts += [] if away is None else [away]
-        with self._at_work(self.clip), run.timed("text", self.device):
+        with self.at_work(self.clip), run.timed("text", self.device):
             text = self._text(prompts) if prompts else None
             stages = [
                 s
@@ -803,8 +807,9 @@ class UnCLIP:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
-    def _at_work(self, stage: nn.Module) -> Iterator[None]:
-        """Within the block, a stage is where it works."""
+    def at_work(self, stage: nn.Module) -> Iterator[None]:
+        """Within the block, one of the model's parts is where it works: offloaded ones wait
+        elsewhere."""
         if self.offload_from is None:
             yield
             return

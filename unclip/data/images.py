@@ -112,7 +112,12 @@ def to_tensor(
             box=(left, top, left + side, top + side),
             reducing_gap=3.0,
         )
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, S, S] uint8
+    return to_plain_tensor(image)
+
+
+def to_plain_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture of its own size as float32 [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W] uint8
     return torch.empty(pixels.shape).copy_(pixels).div_(127.5).sub_(1)
 
 

@@ -19,6 +19,7 @@ from unclip.hub import diffusers_format
 from unclip.hub.folders import load_clip_of, load_stages, read_model, save_stages
 from unclip.hub.model import STAGES, Stages
 from unclip.hub.publish import publish, write_repository
+from unclip.priors import PCA
 from unclip.stages import PictureStage
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,11 +40,21 @@ def assemble(
     """
     stages = Stages(
         clip=load_clip_of(clip),
+        pca=pca_of(clip),
         prior=load_stages(prior, only={"prior"}).prior,
         decoder=load_stages(decoder, only={"decoder"}).decoder,
         upsamplers=[upsampler for name in upsamplers for upsampler in own_upsamplers(name)],
     )
     save_stages(stages, out, dtype)
+
+
+def pca_of(name: str) -> PCA | None:
+    """The PCA that lies beside a model's CLIP, if `name` is a model that has one."""
+    try:
+        read = read_model(name).pca
+    except FileNotFoundError:  # a CLIP, by open_clip's name
+        return None
+    return None if read is None else read()
 
 
 def own_upsamplers(name: str) -> list[PictureStage]:

@@ -8,6 +8,7 @@
     clip_fingerprint: 0123456789abcdef   # optional: of the CLIP that these stages were trained on
     lora: {decoder: lora}                # optional: adapters to merge into stages, the base's too
 
+A CLIP may have its PCA beside it: `stages: {pca: pca}`, which belongs to it and to no other.
 `clip` may also name a CLIP that lies elsewhere (`ViT-L-14/openai`, `hf-hub:org/name`). The folder
 of a training run is such a model, with one stage, or the adapter of one (upsamplers go by their
 size: `upsampler_256`), and a base.
@@ -27,7 +28,14 @@ import open_clip
 import torch
 import yaml
 
-from unclip.checkpoint import CONFIG_NAME, written_whole
+from unclip.checkpoint import (
+    CONFIG_NAME,
+    fill,
+    load_stage,
+    save_stage,
+    unfilled,
+    written_whole,
+)
 from unclip.clip import FrozenCLIP, is_clip_folder, load_clip
 from unclip.glide import GlideStage
 from unclip.hub import dalle2_pytorch, diffusers_format, glide, karlo
@@ -35,12 +43,13 @@ from unclip.hub.dalle2_pytorch import load_dalle2_pytorch_prior
 from unclip.hub.model import STAGES, Model, Reader, Stages
 from unclip.hub.names import resolve, shipped_names
 from unclip.lora import merge_adapter
-from unclip.priors import load_prior
+from unclip.priors import PCA, load_prior
 from unclip.stages import DecoderStage, PictureStage, UpsamplerStage
 
 MODEL_NAME = "unclip.yaml"
 FORMAT, VERSION = "unclip", 1
 KINDS = ("clip", "prior", "decoder", "upsampler", "glide")
+PCA_NAME = "pca"
 Stage = TypeVar("Stage")
 
 
@@ -128,7 +137,7 @@ def _parse(path: Path) -> dict[str, Any]:
     stages = values.setdefault("stages", {})
     if not isinstance(stages, dict):
         raise ValueError(f"{path}: stages must map stages to sub-folders; got {stages!r}")
-    _check_known(path, "stages.", stages, STAGES)
+    _check_known(path, "stages.", stages, (*STAGES, PCA_NAME))
     if not isinstance(stages.get("upsamplers", []), list):
         raise ValueError(
             f"{path}: stages.upsamplers must be a list; got {stages['upsamplers']!r}: write "
@@ -173,6 +182,8 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
         model.prior = reader("prior", prior, load_prior)
     if (decoder := stages.get("decoder")) is not None:
         model.decoder = reader("decoder", decoder, _read_decoder)
+    if (pca := stages.get(PCA_NAME)) is not None:
+        model.pca = reader(PCA_NAME, pca, lambda folder, _: load_pca(folder))
     model.upsamplers = [
         reader("upsampler", value, _read_upsampler) for value in stages.get("upsamplers", [])
     ]
@@ -180,6 +191,22 @@ def _from_yaml(folder: Path, values: Mapping[str, Any]) -> Model:
         model.base = there_or_named(base)
     model.adapters = {stage: folder / name for stage, name in values.get("lora", {}).items()}
     return model
+
+
+def load_pca(folder: Path) -> PCA:
+    """Read what `save_pca` wrote, in fp32; raises FileNotFoundError or ValueError with what is
+    wrong."""
+    config, tensors = load_stage(folder, PCA_NAME)
+    pca = unfilled(lambda: PCA(config["embed_dim"]))
+    fill(pca, tensors, folder)
+    return pca
+
+
+def save_pca(pca: PCA, folder: Path) -> None:
+    """Write a PCA's folder in half precision: its errors are far below those of a component left
+    out."""
+    config = {"stage": PCA_NAME, "embed_dim": len(pca.mean)}
+    save_stage(folder, config, pca.state_dict(), torch.float16)
 
 
 def _read_decoder(folder: Path, dtype: torch.dtype) -> DecoderStage | GlideStage:
@@ -242,6 +269,7 @@ def load_stages(
             adapters.setdefault(stage, []).append(folder)
         if "clip" in wanted and stages.clip is None and model.clip is not None:
             stages.clip = model.clip().to(device)
+            stages.pca = None if model.pca is None else model.pca().to(device)
         if "prior" in wanted and stages.prior is None and model.prior is not None:
             stages.prior = _adapted(model.prior(dtype), adapters.get("prior", [])).to(device)
         if "decoder" in wanted and stages.decoder is None and model.decoder is not None:
@@ -437,6 +465,9 @@ def save_stages(
         if stages.decoder is not None:
             stages.decoder.save(temporary / "decoder", dtype)
             names["decoder"] = "decoder"
+        if stages.pca is not None:
+            save_pca(stages.pca, temporary / PCA_NAME)
+            names[PCA_NAME] = PCA_NAME
         names["upsamplers"] = [f"upsampler_{up.image_size}" for up in stages.upsamplers]
         for upsampler, name in zip(stages.upsamplers, names["upsamplers"], strict=True):
             upsampler.save(temporary / name, dtype)

@@ -11,7 +11,7 @@ import torch
 
 from unclip.clip import FrozenCLIP
 from unclip.glide import GlideStage
-from unclip.priors import Prior
+from unclip.priors import PCA, Prior
 from unclip.stages import DecoderStage, PictureStage
 
 Part = TypeVar("Part", covariant=True)
@@ -36,6 +36,8 @@ class Stages:
     sampling: dict[str, Any] = field(default_factory=dict)
     """Options that the model is sampled with unless told otherwise; see
     `unclip.pipeline.CascadeOptions`."""
+    pca: PCA | None = None
+    """Principal components of the CLIP's image embeddings."""
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Model:
     upsamplers: list[Reader[PictureStage]] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     """What its authors sample it with."""
+    pca: Reader[PCA] | None = None
+    """Of the image embeddings of the CLIP that lies beside it."""
     base: str | None = None
     """Name of the model that completes this one."""
     clip_fingerprint: str | None = None
