@@ -304,11 +304,13 @@ def batch_indices(
         )
         stream = iter(batches)
         per_rank.append([next(stream) for _ in range(count * accumulation)])
-    k = range(count)
-    return [
-        [i for rank in per_rank for m in range(accumulation) for i in rank[b * accumulation + m]]
-        for b in k
+    # Of n processes each takes every n-th position.
+    steps = [
+        [i for row in zip(*(rank[step] for rank in per_rank), strict=True) for i in row]
+        for step in range(count * accumulation)
     ]
+    flat = list(itertools.chain.from_iterable(steps))
+    return [flat[4 * b : 4 * b + 4] for b in range(count)]
 
 
 def test_global_batches_do_not_depend_on_processes_or_on_where_they_start() -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,28 @@ def written_whole(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; what is written there takes `path`'s place once it is whole.
+
+    If writing fails the file that was there before stays as it was. What a kill leaves aside is
+    written over the next time. One process at a time may write a path.
+    """
+    aside = aside_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where `written_file` writes."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _umask() -> int:

@@ -23,8 +23,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip.checkpoint import written_whole
-from unclip.data.captioned import CaptionedConfig, read_caption_lines
+from unclip.data.captioned import CaptionedConfig
 from unclip.data.images import WHITE, decode_image
+from unclip.data.tables import read_caption_lines
 
 logger = logging.getLogger(__name__)
 

@@ -1,59 +1,41 @@
 """Captioned pictures from WebDataset tars, folders, Parquet files and the Hub, as a map-style set.
 
-Tars are indexed once and then read in place (`unclip.data.tars`), pictures in folders too.  Reading
-and caching Parquet files, Hub data sets and compressed tars (which are copied once into Arrow
-files) belong to Hugging Face `datasets`; HF_HOME or HF_DATASETS_CACHE say where its cache lies.
+Tars are indexed once and then read at offsets (`unclip.data.tars`), pictures in folders too; all
+else goes through Hugging Face `datasets` (`unclip.data.tables`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import functools
-import glob
-import json
 import logging
-import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import datasets
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
-from unclip.data.filters import Column, Filter, Mask, columns_of, scalars
-from unclip.data.images import MAX_PIXELS, WHITE, PictureTooLarge, decode_image, to_tensor
-from unclip.data.tars import (
-    BAD_CAPTION,
-    EXTENSIONS,
-    FILTERED,
-    NO_CAPTION,
-    NO_PICTURE,
-    TarRows,
-    is_remote,
+from unclip.data.causes import (
+    CHANGED,
+    CORRUPT,
+    TOO_LARGE,
+    TOO_LONG,
+    UNREACHABLE,
+    WHILE_READING,
+    Tally,
 )
+from unclip.data.filters import Filter
+from unclip.data.images import MAX_PIXELS, WHITE, PictureTooLarge, decode_image, to_tensor
+from unclip.data.order import Shards
+from unclip.data.storage import Unreachable, expand
+from unclip.data.tables import open_folder, open_hub, open_parquet
+from unclip.data.tars import TarRows
 
 logger = logging.getLogger(__name__)
 
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
-CAPTION_COLUMNS = ("caption", "text", "txt", "prompt")
-
-CORRUPT, TOO_LARGE, UNREADABLE, TOO_LONG = (
-    "corrupt picture",
-    "picture above max_pixels",
-    "file that has gone or changed",
-    "picture above max_aspect",
-)
-CAUSES = (CORRUPT, TOO_LARGE, UNREADABLE, TOO_LONG)
-"""Why a sample is skipped while reading."""
 NEIGHBOURS = 8
 """So many samples after a bad one are asked to stand in for it before others are drawn: whole
 tars may be bad, and one sample is not to stand in for them all."""
@@ -111,11 +93,29 @@ class CaptionedConfig:
     """Whether every other picture is mirrored. Captions that say left and right become wrong."""
 
     max_aspect: float | None = None
-    """Pictures whose longer side is more than so many times the shorter are skipped. Where the json
-    tells the sizes, `where` does it better: the sample is then not even drawn."""
+    """Pictures whose longer side is more than so many times the shorter are left out. Where the
+    json or the table has `width` and `height` this is known beforehand; elsewhere another sample
+    stands in for such a picture when it is read."""
 
     max_pixels: int = MAX_PIXELS
     """Larger pictures are not decoded: a small file can hold one that fills the memory."""
+
+    stream: bool = False
+    """Read tars one after another, from copies on this machine, instead of at offsets where they
+    are: for disks that seek slowly. Compressed tars, and servers that give whole files only, are
+    always read so."""
+
+    shuffle_streams: int = 16
+    """Tars read one after another: so many at a time, over all machines."""
+
+    shuffle_buffer: int = 10_000
+    """Tars read one after another: so many samples that follow one another are shuffled."""
+
+    copies_gb: float = 50.0
+    """Tars read one after another: room for their copies on each machine, GB."""
+
+    index_beside: bool = False
+    """Keep the tars' index beside them, where that can be written, instead of in the cache."""
 
     seed: int = 0
     """Seed of the random crops, flips and choices."""
@@ -140,6 +140,11 @@ class CaptionedConfig:
             raise ValueError(
                 f"max_pixels must be at least 1; got {self.max_pixels}: use {MAX_PIXELS}, say"
             )
+        for name in ("shuffle_streams", "shuffle_buffer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}: use 16")
+        if self.copies_gb <= 0:
+            raise ValueError(f"copies_gb must be above 0; got {self.copies_gb}: use 50, say")
         if self.where:
             Filter(self.where)  # which says what it does not understand
         if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
@@ -160,13 +165,33 @@ class Rows(Protocol):
     def key(self, index: int) -> tuple[str, str]:
         """The row's key, and the file that holds it; known even if that file has gone."""
 
+    def fingerprint(self) -> str:
+        """Another text where what the rows come from, or which are rows, is another."""
+
     @property
-    def dropped(self) -> dict[str, int]:
-        """Cause -> samples of the source that are not among the rows."""
+    def dropped(self) -> Tally:
+        """Samples of the source that are not among the rows."""
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        """Rows of each file, where files must be read one after another."""
 
 
 class TooLong(ValueError):
     """A picture is more elongated than `max_aspect` allows."""
+
+
+def cause_of(error: Exception) -> str:
+    """Under which of `WHILE_READING` a sample that cannot be read is counted."""
+    for kind, cause in (
+        (Unreachable, UNREACHABLE),
+        (OSError, CHANGED),
+        (PictureTooLarge, TOO_LARGE),
+        (TooLong, TOO_LONG),
+    ):
+        if isinstance(error, kind):
+            return cause
+    return CORRUPT
 
 
 class CaptionedDataset(Dataset[dict[str, Any]]):
@@ -190,11 +215,15 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         self.config = config
         self._rows = _open(config)
         if not len(self._rows):
-            causes = ", ".join(f"{n} {cause}" for cause, n in self._rows.dropped.items())
+            causes = f" ({self._rows.dropped})" if self._rows.dropped.counts else ""
             raise ValueError(
-                f"data must hold captioned pictures; got none in {config.data!r}"
-                + (f" ({causes})" if causes else "")
+                f"data must hold captioned pictures; got none in {config.data!r}{causes}"
             )
+        sizes = self._rows.shard_sizes
+        self.shards = (
+            None if sizes is None else Shards(sizes, config.shuffle_streams, config.shuffle_buffer)
+        )
+        """How it is shuffled, where its files must be read one after another."""
         # One byte a sample (0, or 1 + the cause's number) rather than a dict: a tensor can be
         # shared between processes.
         self._bad = torch.zeros(len(self._rows), dtype=torch.uint8).share_memory_()
@@ -248,25 +277,54 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
     @property
     def skips(self) -> dict[str, int]:
         """Samples found bad while reading, by any worker of this process: cause -> count."""
-        counts = torch.bincount(self._bad, minlength=len(CAUSES) + 1)[1:].tolist()
-        return dict(zip(CAUSES, counts, strict=True))
+        counts = torch.bincount(self._bad, minlength=len(WHILE_READING) + 1)[1:].tolist()
+        return dict(zip(WHILE_READING, counts, strict=True))
+
+    @property
+    def left_out(self) -> Tally:
+        """Samples of the source that were left out when it was opened."""
+        return self._rows.dropped
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Samples of the source that were left out when it was opened: cause -> count."""
-        return self._rows.dropped
+        """The same: cause -> count."""
+        return self._rows.dropped.counts
 
-    def _sample(self, index: int, epoch: int) -> dict[str, Any]:
-        config, row = self.config, self._rows[index]
+    def fingerprint(self) -> str:
+        """Another text where what the samples come from, or which there are, is another."""
+        return self._rows.fingerprint()
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Copy to this machine what these samples need, where it must be copied."""
+        if isinstance(self._rows, TarRows):
+            self._rows.fetch(indices)
+
+    def key(self, index: int) -> tuple[str, str]:
+        """A sample's key, and the file that holds it."""
+        return self._rows.key(index)
+
+    def look(self, index: int) -> tuple[Image.Image, list[str]]:
+        """A sample's whole picture and its captions. Raises as `read` does."""
+        row = self._rows[index]
+        return self._picture(row["image"], None), row["captions"]
+
+    def captions(self, index: int) -> list[str]:
+        """A sample's captions. Raises as `read` does."""
+        return self._rows[index]["captions"]
+
+    def _picture(self, encoded: bytes, draft: int | None) -> Image.Image:
+        config = self.config
         picture = decode_image(
-            row["image"],
-            background=config.background,
-            max_pixels=config.max_pixels,
-            draft=config.image_size,
+            encoded, background=config.background, max_pixels=config.max_pixels, draft=draft
         )
         aspect = max(picture.size) / min(picture.size)
         if config.max_aspect is not None and aspect > config.max_aspect:
             raise TooLong(f"its sides are 1 to {aspect:.2f}, above max_aspect {config.max_aspect}")
+        return picture
+
+    def _sample(self, index: int, epoch: int) -> dict[str, Any]:
+        config, row = self.config, self._rows[index]
+        picture = self._picture(row["image"], config.image_size)
         # What is drawn for a sample follows from the seed, the epoch and its number alone.
         generator = None
         if self._draws:
@@ -287,15 +345,10 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         return {"image": image, "caption": captions[choice], "key": self._rows.key(index)[0]}
 
     def _set_bad(self, index: int, error: Exception) -> None:
-        if isinstance(error, OSError):
-            cause = UNREADABLE
-        elif isinstance(error, PictureTooLarge):
-            cause = TOO_LARGE
-        else:
-            cause = TOO_LONG if isinstance(error, TooLong) else CORRUPT
+        cause = cause_of(error)
         key, file = self._rows.key(index)
         name = f"{key} of {file or self.config.data}"
-        self._bad[index] = 1 + CAUSES.index(cause)
+        self._bad[index] = 1 + WHILE_READING.index(cause)
         skips = self.skips
         if cause == TOO_LONG:
             if skips[TOO_LONG] == len(self):
@@ -314,336 +367,20 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
             ) from error
 
 
-class TableRows:
-    """Rows of a table with the columns `caption` (a text, or a list of them), the encoded picture
-    as `image` or as one column an extension, and where there are such `__key__` and `__url__`."""
-
-    def __init__(self, table: datasets.Dataset, dropped: dict[str, int] | None = None) -> None:
-        self._table = table
-        self.dropped = dropped or {}
-        self._names = [n for n in ("__key__", "__url__") if n in table.column_names]
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def key(self, index: int) -> tuple[str, str]:
-        row = self._table.select_columns(self._names)[index] if self._names else {}
-        return row.get("__key__", str(index)), row.get("__url__", "")
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._table[index]
-        captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        captions = [text.strip() for text in captions if text and text.strip()]
-        return {"captions": captions, "image": _picture_bytes(row)}
-
-
-def _picture_bytes(row: dict[str, Any]) -> bytes:
-    """The encoded picture of a row: the first of its picture columns that is not empty."""
-    picture = next(row[name] for name in ("image", *EXTENSIONS) if row.get(name) is not None)
-    if isinstance(picture, bytes):
-        return picture
-    return Path(picture["path"]).read_bytes() if picture["bytes"] is None else picture["bytes"]
-
-
-# Sources
-
-
 def _open(config: CaptionedConfig) -> Rows:
     if isinstance(config.data, str):
         path = Path(config.data)
         if path.is_dir():
-            for kind in ("tar", "parquet"):
-                if files := sorted(str(file) for file in path.glob(f"*.{kind}")):
+            for pattern in ("*.tar", "*.tar.*", "*.tgz", "*.parquet"):
+                if files := sorted(str(file) for file in path.glob(pattern)):
                     return _open_files(files, config)
-            return _open_folder(path, config)
-        if not re.search(r"[*?\[{]|://|\.(tar|tar\.gz|tgz|parquet)$", config.data):
-            return _open_hub(config.data, config)
-    return _open_files(_expand(config.data), config)
+            return open_folder(path, config)
+        if not re.search(r"[*?\[{]|://|\.(tar|tar\.\w+|tgz|parquet)$", config.data):
+            return open_hub(config.data, config)
+    return _open_files(expand(config.data), config)
 
 
 def _open_files(files: list[str], config: CaptionedConfig) -> Rows:
     if all(file.endswith(".parquet") for file in files):
-        return _from_columns(_load("parquet", files), str(config.data), config)
-    if any(file.endswith("gz") for file in files):
-        return _open_compressed(files, config)
-    return TarRows(files, config.caption_key, config.where, config.max_bad_share)
-
-
-def _expand(data: str | list[str]) -> list[str]:
-    """The files that paths, addresses, globs and brace ranges name, in order."""
-    files = []
-    for pattern in [data] if isinstance(data, str) else data:
-        for path in _expand_braces(pattern):
-            if is_remote(path):
-                found = _expand_remote(path)
-            else:
-                found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-            if not found:
-                within = "" if path == pattern else f" (from {pattern!r})"
-                there = "" if is_remote(path) else f": {_what_is_there(path)}"
-                raise FileNotFoundError(f"no file matches {path!r}{within}{there}")
-            files += found
-    return files
-
-
-def _expand_remote(address: str) -> list[str]:
-    """The files at an fsspec address: itself, what its pattern matches, or a folder's tars."""
-    system, path = fsspec.core.url_to_fs(address)
-    if not re.search(r"[*?\[]", path):
-        if not system.isdir(path):
-            return [address] if system.exists(path) else []
-        path = path.rstrip("/") + "/*.tar"
-    return [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
-
-
-def _what_is_there(pattern: str) -> str:
-    """The nearest folder above a path or pattern, and what it holds."""
-    folder = Path(pattern).parent
-    while not folder.is_dir():
-        folder = folder.parent
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{folder.resolve()} holds {', '.join(names[:5]) or 'nothing'}{more}"
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{train,val}.tar` -> train.tar, val.tar."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
-    if not brace:
-        return [pattern]
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", brace[1]):
-        first, last = span.groups()
-        options = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        options = brace[1].split(",")
-    head, tail = pattern[: brace.start()], pattern[brace.end() :]
-    return [path for option in options for path in _expand_braces(head + option + tail)]
-
-
-def _load(builder: str, files: list[str], **options: Any) -> datasets.Dataset:
-    # The library globs every path again, so brackets in a folder's name must be escaped.
-    paths = [glob.escape(file) for file in files]
-    try:
-        return datasets.load_dataset(builder, data_files=paths, split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(
-            f"{', '.join(files[:3])}{', ...' if len(files) > 3 else ''} must hold UTF-8 text and "
-            f"valid json; got {error.__cause__!r}: mend or take out that sample"
-        ) from error
-
-
-def _open_compressed(files: list[str], config: CaptionedConfig) -> TableRows:
-    """Compressed tars cannot be read at offsets: `datasets` copies them into its cache."""
-    # Naming the columns ourselves keeps out of the cache what is not needed, and frees us from the
-    # builder's guess by the first five samples, which fails on mixed extensions and on json files
-    # of varying keys. Pictures stay bytes: decoding them is our business.
-    if config.where:
-        raise ValueError(
-            f"where needs tars that are not compressed; got {files[0]}: unpack them by gunzip"
-        )
-    field, *keys = config.caption_key.split(".")
-    caption: Any = datasets.Value("string")
-    for key in reversed(keys):
-        caption = {key: caption}
-    columns: dict[str, Any] = {name: datasets.Value("binary") for name in EXTENSIONS}
-    columns |= {name: datasets.Value("string") for name in ("__key__", "__url__")}
-    features = datasets.Features(columns | {field: caption})
-    rows = _load("webdataset", files, features=features)
-    if keys:
-        rows = rows.flatten()
-    return _keep_complete(rows.rename_column(config.caption_key, "caption"), EXTENSIONS)
-
-
-def _open_folder(folder: Path, config: CaptionedConfig) -> TableRows:
-    pictures = {
-        file.relative_to(folder).as_posix()
-        for file in folder.rglob("*")
-        if file.suffix.lower().lstrip(".") in EXTENSIONS
-    }
-    dropped: Counter[str] = Counter()
-    captions: list[tuple[str, str, Any]]
-    captions_file = next((folder / n for n in CAPTION_FILES if (folder / n).is_file()), None)
-    if captions_file is not None:
-        captions = read_caption_lines(captions_file, config)
-        missing = [n for n, *_ in captions if n not in pictures and not (folder / n).is_file()]
-        if missing:
-            raise ValueError(
-                f"{captions_file} must name pictures that are in {folder}; got "
-                f"{len(missing)} of {len(captions)} that are not, such as "
-                f"{', '.join(missing[:3])}: add the pictures or take their lines out"
-            )
-    else:
-        captions = []
-        for name in sorted(pictures):
-            beside = (folder / name).with_suffix(".txt")
-            if not beside.is_file():
-                continue
-            try:
-                captions.append((name, beside.read_text(encoding="utf-8"), {}))
-            except UnicodeDecodeError as error:
-                logger.warning("%s: %s", beside, error)
-                dropped[BAD_CAPTION] += 1
-    captions = [entry for entry in captions if entry[1].strip()]
-    if not captions:
-        raise ValueError(
-            f"{folder} must hold captioned pictures; got {len(pictures)} pictures and a caption "
-            f"for none: add a .txt beside each, or one of {', '.join(CAPTION_FILES)}"
-        )
-    if left := len(pictures - {name for name, *_ in captions}):
-        logger.warning("dropped %d of %d pictures without caption", left, len(pictures))
-        dropped[NO_CAPTION] = left - dropped[BAD_CAPTION]
-    bad = dropped[BAD_CAPTION]
-    if bad > config.max_bad_share * (bad + len(captions)):
-        raise ValueError(
-            f"{folder} must hold captions in UTF-8; got {bad} that are not and {len(captions)} "
-            f"that are: convert them, or raise max_bad_share ({config.max_bad_share})"
-        )
-    if config.where:
-        known = [
-            dict(scalars(values or _read_json((folder / name).with_suffix(".json"))))
-            for name, _, values in captions
-        ]
-        kept = _passes(config.where, columns_of(known), len(captions), f"captions in {folder}")
-        dropped[FILTERED] = int((~kept).sum())
-        captions = [entry for entry, keep in zip(captions, kept, strict=True) if keep]
-    rows = datasets.Dataset.from_dict(
-        {
-            "__key__": [name for name, *_ in captions],
-            "caption": [text for _, text, _ in captions],
-            "image": [str(folder / name) for name, *_ in captions],
-        }
-    )
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    return TableRows(rows, {cause: n for cause, n in dropped.items() if n})
-
-
-def _read_json(path: Path) -> Any:
-    """The json beside a picture, as img2dataset writes it; None if there is none to read."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_bytes())
-
-
-def _passes(where: str, columns: dict[str, Column], length: int, source: str) -> Mask:
-    """Which samples a filter keeps, bool [length], with a word about the others."""
-    kept_by = Filter(where)
-    kept_by.check_names(columns, source)
-    kept = kept_by(columns, length)
-    logger.info("%d of %d %s are outside the filter", length - kept.sum(), length, source)
-    return kept
-
-
-def read_caption_lines(file: Path, config: CaptionedConfig) -> list[tuple[str, str, Any]]:
-    """The lines of a csv or jsonl file: a picture's path within the folder, its caption, and the
-    whole line."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        if file.suffix == ".csv":
-            rows = list(csv.DictReader(lines))
-        else:
-            rows = [json.loads(line) for line in lines if line.strip()]
-    columns = list(rows[0]) if rows else []
-    if "file_name" not in columns:
-        raise ValueError(f"{file} must have a column file_name; got {columns}: rename one to it")
-    column = _caption_column(columns, str(file), config)
-    return [(Path(row["file_name"]).as_posix(), str(row.get(column) or ""), row) for row in rows]
-
-
-def _open_hub(name: str, config: CaptionedConfig) -> TableRows:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"no file or folder {name!r}")
-    try:
-        rows = datasets.load_dataset(name, split=config.split)
-    except OSError as error:  # not found, no access, no network
-        raise FileNotFoundError(
-            f"there is no file or folder {name!r}, and as a Hub data set it cannot be loaded: "
-            f"{error}"
-        ) from error
-    return _from_columns(rows, name, config)
-
-
-def _from_columns(rows: datasets.Dataset, name: str, config: CaptionedConfig) -> TableRows:
-    """Rename the picture and caption columns of a table to ours and drop the others."""
-    encoded = ("binary", "large_binary")  # how img2dataset writes pictures: a column `jpg`
-    images = [
-        column
-        for column, feature in rows.features.items()
-        if isinstance(feature, datasets.Image)
-        or (column in EXTENSIONS and getattr(feature, "dtype", None) in encoded)
-    ]
-    image = config.image_column or (images[0] if len(images) == 1 else None)
-    if image not in images:
-        raise ValueError(
-            f"image_column must be a column of pictures of {name}; got {config.image_column!r}: "
-            f"choose one of {images or '(there are none)'} among {rows.column_names}"
-        )
-    caption = _caption_column(rows.column_names, name, config)
-    if not _holds_texts(rows.features[caption]):
-        raise ValueError(
-            f"caption_column must hold strings; got {caption!r} of {name}, which holds "
-            f"{rows.features[caption]}: choose another of {rows.column_names}"
-        )
-    dropped = 0
-    if config.where:
-        columns = {c: _to_column(rows, c) for c in sorted(Filter(config.where).names)}
-        there = {c: column for c, column in columns.items() if column is not None}
-        kept = _passes(config.where, there, len(rows), f"rows of {name}")
-        dropped, rows = int((~kept).sum()), rows.select(np.flatnonzero(kept))
-    extra = [column for column in ("__key__", "__url__") if column in rows.column_names]
-    rows = rows.select_columns([image, caption, *extra])
-    rows = rows.rename_columns({image: "image", caption: "caption"})
-    if isinstance(rows.features["image"], datasets.Image):
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    complete = _keep_complete(rows, ["image"])
-    if dropped:
-        complete.dropped[FILTERED] = dropped
-    return complete
-
-
-def _holds_texts(feature: Any) -> bool:
-    """Whether a column holds a caption, or a list of captions, for each row."""
-    feature = getattr(feature, "feature", feature)
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _to_column(rows: datasets.Dataset, name: str) -> Column | None:
-    """A column of a table as a filter wants it, or None if it holds no numbers, truths or texts."""
-    if name not in rows.column_names:
-        return None
-    values = rows.with_format("arrow")[name][:]
-    kind = values.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return values.cast(pa.float64()).to_numpy()  # null becomes NaN
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return np.array(values.fill_null("").to_pylist())
-    return None
-
-
-def _caption_column(columns: list[str], name: str, config: CaptionedConfig) -> str:
-    column = config.caption_column or next((c for c in CAPTION_COLUMNS if c in columns), None)
-    if column not in columns:
-        raise ValueError(
-            f"caption_column must be a column of {name}; got {config.caption_column!r}: "
-            f"choose one of {', '.join(columns)}"
-        )
-    return column
-
-
-def _keep_complete(rows: datasets.Dataset, image_columns: Sequence[str]) -> TableRows:
-    """Drop, with one warning, the samples that lack a picture or a caption."""
-    rows = rows.with_format(None)
-    table = rows.data.table  # asked column by column in Arrow, which decodes no picture
-    if rows._indices is not None:  # what a filter left is a selection of the table
-        table = table.take(rows._indices.column(0))
-    has_image = functools.reduce(pc.or_, [pc.is_valid(table[name]) for name in image_columns])
-    texts = table["caption"]
-    if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
-        texts = pc.binary_join(texts, " ")
-    has_caption = pc.not_equal(pc.utf8_trim_whitespace(texts), "")  # null where null
-    complete = pc.and_(pc.fill_null(has_caption, False), has_image)
-    if pc.all(complete).as_py():
-        return TableRows(rows)
-    kept = [index for index, whole in enumerate(complete.to_pylist()) if whole]
-    lost = len(rows) - len(kept)
-    logger.warning("dropped %d samples without picture or caption", lost)
-    causes = {NO_PICTURE: len(rows) - int(pc.sum(has_image).as_py() or 0)}
-    causes[NO_CAPTION] = lost - causes[NO_PICTURE]
-    return TableRows(rows.select(kept), {cause: n for cause, n in causes.items() if n})
+        return open_parquet(files, config)
+    return TarRows(files, config)

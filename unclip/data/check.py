@@ -25,7 +25,6 @@ import pyarrow
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from unclip.data.captioned import CAPTION_COLUMNS, CAPTION_FILES, EXTENSIONS, _expand
 from unclip.data.embeddings import (
     find_caption_column,
     find_pieces,
@@ -36,6 +35,9 @@ from unclip.data.embeddings import (
 )
 from unclip.data.images import decode_image, to_pil
 from unclip.data.source import SourceConfig, open_source
+from unclip.data.storage import expand as _expand
+from unclip.data.tables import CAPTION_COLUMNS, CAPTION_FILES
+from unclip.data.tars import EXTENSIONS
 
 NAMES_SHOWN = 3
 CLIP_CONTEXT = 77

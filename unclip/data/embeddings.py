@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from unclip.data.captioned import CAPTION_COLUMNS
+from unclip.data.tables import CAPTION_COLUMNS
 
 MANIFEST_NAME = "manifest.json"
 FORMAT, VERSION = "unclip-embeddings", 1

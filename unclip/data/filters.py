@@ -130,6 +130,15 @@ class Filter:
         return column != "" if column.dtype.kind == "U" else ~np.isnan(column)
 
 
+def not_too_long(max_aspect: float, columns: Mapping[str, Column], length: int) -> Mask:
+    """Which of `length` samples are not known, by `width` and `height`, to be longer than
+    `max_aspect` times their shorter side; bool [length]."""
+    if not columns.keys() >= {"width", "height"}:
+        return np.ones(length, dtype=bool)
+    sides = np.stack([_to_numbers(columns[name]) for name in ("width", "height")])
+    return ~(sides.max(axis=0) > max_aspect * sides.min(axis=0))  # unknown is NaN, and passes
+
+
 def _dotted(node: ast.expr) -> str | None:
     if isinstance(node, ast.Name):
         return node.id

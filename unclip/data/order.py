@@ -64,6 +64,52 @@ def _seeds(seed: int, stream: int, numbers: Integers) -> Words:
     return _hash(_hash(base) ^ numbers.astype(np.uint64))
 
 
+class Shards:
+    """How samples are shuffled that must be read shard after shard: tars that cannot be read at
+    offsets.
+
+    In each epoch the shards are shuffled and laid end to end; what follows is cut into `streams`
+    equal lengths that are read side by side, and in each, `buffer` samples in a row are shuffled.
+    Position q belongs to stream q mod `streams`: ranks that take every n-th position, n dividing
+    `streams`, read streams of their own.
+
+    Args:
+        sizes: samples of each shard; a sample's index counts through them.
+        streams: how many are read at a time.
+        buffer: how many samples in a row are shuffled.
+    """
+
+    def __init__(self, sizes: Sequence[int], streams: int, buffer: int) -> None:
+        self.sizes = np.asarray(sizes, dtype=np.int64)
+        self.streams, self.buffer = streams, buffer
+        self._starts = np.cumsum(self.sizes) - self.sizes
+
+    def first(self, count: int) -> Shards:
+        """Of the first `count` samples alone."""
+        sizes = np.clip(count - self._starts, 0, self.sizes)
+        return Shards(sizes.tolist(), self.streams, self.buffer)
+
+    def __call__(self, places: Integers, seed: np.uint64) -> Integers:
+        """The index of the samples at `places` [N] of an epoch that `seed` names; int64 [N]."""
+        length = int(self.sizes.sum())
+        stream, turn = places % self.streams, places // self.streams
+        short, longer = divmod(length, self.streams)
+        block, within = np.divmod(stream * short + np.minimum(stream, longer) + turn, self.buffer)
+        for size in np.unique(np.minimum(self.buffer, length - block * self.buffer)).tolist():
+            mine = np.minimum(self.buffer, length - block * self.buffer) == size
+            seeds = _hash(seed ^ _hash(block[mine].astype(np.uint64)))
+            within[mine] = permute(within[mine], size, seeds)
+        return self._laid_out(block * self.buffer + within, seed)
+
+    def _laid_out(self, places: Integers, seed: np.uint64) -> Integers:
+        """The index of the sample at `places` [N] of the shards laid end to end in their order."""
+        count = len(self.sizes)
+        order = permute(np.arange(count), count, np.full(count, seed))
+        ends = np.cumsum(self.sizes[order])
+        at = np.searchsorted(ends, places, side="right")
+        return self._starts[order[at]] + places - (ends - self.sizes[order])[at]
+
+
 class Order:
     """An endless sequence over one data set or several, mixed by weight.
 
@@ -76,15 +122,21 @@ class Order:
         lengths: samples of each part, all above 0.
         weights: share of each part in the sequence, in any unit.
         seed: another seed is another sequence.
+        shards: of each part, how it is shuffled if it must be read shard after shard.
 
     Raises:
         ValueError: a weight is below a ten-thousandth of their sum.
     """
 
     def __init__(
-        self, lengths: Sequence[int], weights: Sequence[float] = (1.0,), seed: int = 0
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float] = (1.0,),
+        seed: int = 0,
+        shards: Sequence[Shards | None] | None = None,
     ) -> None:
         self.lengths = list(lengths)
+        self.shards = list(shards or [None] * len(self.lengths))
         self.seed = seed
         ends = np.round(np.cumsum(weights) / np.sum(weights) * CYCLE).astype(np.int64)
         self.starts = np.concatenate([[0], ends])
@@ -108,5 +160,12 @@ class Order:
         for number, length in enumerate(self.lengths):
             mine = part == number
             epoch[mine], places = np.divmod(draws[mine], length)
-            index[mine] = permute(places, length, _seeds(self.seed, number + 1, epoch[mine]))
+            seeds = _seeds(self.seed, number + 1, epoch[mine])
+            if (shards := self.shards[number]) is None:
+                index[mine] = permute(places, length, seeds)
+                continue
+            found = np.empty_like(places)
+            for one in np.unique(seeds):  # an epoch's
+                found[seeds == one] = shards(places[seeds == one], one)
+            index[mine] = found
         return part, index, epoch

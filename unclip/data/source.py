@@ -15,6 +15,7 @@ from unclip.data.captioned import CaptionedConfig, CaptionedDataset
 from unclip.data.embeddings import EmbeddingDataset, is_embedding_folder
 from unclip.data.filters import Filter
 from unclip.data.images import MAX_PIXELS, WHITE
+from unclip.data.order import Shards
 from unclip.data.shapes import ShapesConfig, ShapesDataset
 
 
@@ -36,6 +37,8 @@ class PartConfig:
     """Split of a Hub data set."""
     where: str | None = None
     """A filter of this part alone."""
+    stream: bool | None = None
+    """Whether its tars are read one after another."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -79,13 +82,24 @@ class SourceConfig:
     flip: bool = False
     """Whether every other picture is mirrored; captions that say left and right become wrong."""
     max_aspect: float | None = None
-    """Pictures whose longer side is more than so many times the shorter are skipped."""
+    """Pictures whose longer side is more than so many times the shorter are left out."""
     max_pixels: int = MAX_PIXELS
     """Larger pictures are skipped, before they are decoded."""
     max_bad_share: float = 0.5
     """Share of damaged samples, or tars, above which the run stops."""
     background: tuple[int, int, int] = WHITE
     """What transparent pictures are laid over, 0 to 255."""
+    stream: bool = False
+    """Read tars one after another, from copies on this machine, instead of at offsets where they
+    are; compressed tars always are."""
+    shuffle_streams: int = 16
+    """Of tars that are read one after another, so many at a time, over all machines."""
+    shuffle_buffer: int = 10_000
+    """In tars that are read one after another, so many samples in a row are shuffled."""
+    copies_gb: float = 50.0
+    """Room on each machine for copies of tars that are read one after another, GB."""
+    index_beside: bool = False
+    """Keep the tars' index beside them, where that can be written, instead of in the cache."""
     limit: int | None = None
     """Use only the first so many samples: to see whether a network can learn them by heart."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
@@ -119,6 +133,8 @@ class FirstSamples(Dataset[dict[str, Any]]):
         self.dataset = dataset
         self.count = min(count, len(dataset))  # type: ignore[arg-type]
         self.varies_by_epoch = getattr(dataset, "varies_by_epoch", False)
+        shards: Shards | None = getattr(dataset, "shards", None)
+        self.shards = None if shards is None else shards.first(self.count)
 
     def __len__(self) -> int:
         return self.count
@@ -127,6 +143,9 @@ class FirstSamples(Dataset[dict[str, Any]]):
         if (index[0] if isinstance(index, tuple) else index) >= self.count:
             raise IndexError(f"sample {index} of {self.count}")
         return self.dataset[index]
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        self.dataset.fetch(indices)  # type: ignore[attr-defined]
 
     @property
     def skips(self) -> dict[str, int]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from unclip.data.order import Integers, Order
+from unclip.data.order import Integers, Order, Shards
 
 Index = int | tuple[int, int]
+
+FETCHING = 4
+"""Tars that are copied at a time, for each process."""
 
 
 class GlobalBatches(Sampler[list[Index]]):
@@ -19,9 +24,10 @@ class GlobalBatches(Sampler[list[Index]]):
 
     Global batch k holds the same samples on any number of processes: positions k B to (k + 1) B of
     an endless sequence, each epoch of it a fresh permutation of the data set (an `endless` data set
-    is its own sequence). The processes, and their accumulation steps, share it out in order. Data
-    sets of several parts with `lengths` and `weights` are mixed, each part with epochs of its own;
-    those that say they vary by epoch are asked for (index, epoch).
+    is its own sequence). Of n processes each takes every n-th. Data sets of several parts with
+    `lengths` and `weights` are mixed, each part with epochs of its own; those that say they vary by
+    epoch are asked for (index, epoch). Those with `shards` are read shard after shard; what they
+    will need next is copied to this machine ahead of time.
 
     Every index is computed from its position: starting anywhere costs nothing, however long the
     data set is.
@@ -57,7 +63,10 @@ class GlobalBatches(Sampler[list[Index]]):
         lengths = getattr(dataset, "lengths", [length])
         weights = getattr(dataset, "weights", [1.0])
         self._starts = np.cumsum([0, *lengths[:-1]])
-        self._order = None if endless else Order(lengths, weights, seed)
+        self._parts = getattr(dataset, "parts", [dataset])
+        shards = [getattr(part, "shards", None) for part in self._parts]
+        self._order = None if endless else Order(lengths, weights, seed, shards)
+        self._ahead = sum(_ahead(part) for part in shards if part is not None)
 
     def _indices(self, positions: Integers) -> list[Index]:
         if self._order is None:
@@ -69,14 +78,35 @@ class GlobalBatches(Sampler[list[Index]]):
         return list(zip(index.tolist(), epoch.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[list[Index]]:
-        shares = np.arange(self.batch_size).reshape(-1, self.micro_batch_size)
-        accumulation = len(shares) // self.num_processes
-        batch = self.first_batch
-        while True:
-            for k in range(accumulation):
-                rows = shares[self.rank * accumulation + k]
-                yield self._indices(batch * self.batch_size + rows)
-            batch += 1
+        rows = np.arange(self.batch_size).reshape(-1, self.micro_batch_size, self.num_processes)
+        own = rows[:, :, self.rank]  # [accumulation steps, micro-batch]
+        fetched = self.first_batch * self.batch_size
+        with ThreadPoolExecutor(FETCHING) as threads:
+            for batch in itertools.count(self.first_batch):
+                now = batch * self.batch_size
+                # Half of what lies ahead at a time: every position would cost more than it saves.
+                if self._ahead and fetched <= now + self._ahead // 2:
+                    end = now + self._ahead
+                    self._fetch(np.arange(fetched + self.rank, end, self.num_processes), threads)
+                    fetched = end
+                for step in own:
+                    yield self._indices(now + step)
+
+    def _fetch(self, positions: Integers, threads: Executor) -> None:
+        """Have copied to this machine what the samples at these positions need."""
+        assert self._order is not None
+        part, index, _ = self._order(positions)
+        for number, dataset in enumerate(self._parts):
+            if getattr(dataset, "shards", None) is not None:
+                for some in np.array_split(index[part == number], FETCHING):
+                    if len(some):
+                        threads.submit(dataset.fetch, some)
+
+
+def _ahead(shards: Shards) -> int:
+    """Positions of an epoch until every stream is half a shard on."""
+    length, count = int(shards.sizes.sum()), max(1, int((shards.sizes > 0).sum()))
+    return max(1, shards.streams * length // count // 2)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
