@@ -157,6 +157,9 @@ class CaptionedConfig:
 class Rows(Protocol):
     """What a source gives: encoded pictures and their captions, by number."""
 
+    kind: str
+    """What it is read from, for people."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -279,6 +282,11 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         """Samples found bad while reading, by any worker of this process: cause -> count."""
         counts = torch.bincount(self._bad, minlength=len(WHILE_READING) + 1)[1:].tolist()
         return dict(zip(WHILE_READING, counts, strict=True))
+
+    @property
+    def kind(self) -> str:
+        """What it is read from, for people."""
+        return self._rows.kind
 
     @property
     def left_out(self) -> Tally:

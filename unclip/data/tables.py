@@ -56,11 +56,13 @@ class TableRows:
         table: of complete samples.
         dropped: the others.
         state: another text where the table is made of other files.
+        kind: what it is, for people.
     """
 
     shard_sizes = None
 
-    def __init__(self, table: datasets.Dataset, dropped: Tally, state: str) -> None:
+    def __init__(self, table: datasets.Dataset, dropped: Tally, state: str, kind: str) -> None:
+        self.kind = kind
         self._table = table
         self.dropped = dropped
         self._state = state
@@ -173,7 +175,7 @@ def open_folder(folder: Path, config: CaptionedConfig) -> TableRows:
     )
     rows = rows.cast_column("image", datasets.Image(decode=False))
     states = [(n, text, _state_of(folder / n)) for n, text, _ in captions]
-    return TableRows(rows, dropped, digest(states))
+    return TableRows(rows, dropped, digest(states), "folder of pictures")
 
 
 def _state_of(path: Path) -> list[int]:
@@ -261,7 +263,9 @@ def open_parquet(files: Sequence[str], config: CaptionedConfig) -> TableRows:
         data_files=[glob.escape(file) for file in good],
         split="train",
     )
-    return _from_columns(rows, str(config.data), config, dropped, digest(states))
+    found = _from_columns(rows, str(config.data), config, dropped, digest(states))
+    found.kind = f"{len(files)} Parquet files"
+    return found
 
 
 def _parquet_state(file: str) -> list[Any] | str:
@@ -302,13 +306,7 @@ def _from_columns(
     rows: datasets.Dataset, name: str, config: CaptionedConfig, dropped: Tally, state: str
 ) -> TableRows:
     """Rename the picture and caption columns of a table to ours and drop the others."""
-    encoded = ("binary", "large_binary")  # how img2dataset writes pictures: a column `jpg`
-    images = [
-        column
-        for column, feature in rows.features.items()
-        if isinstance(feature, datasets.Image)
-        or (column in EXTENSIONS and getattr(feature, "dtype", None) in encoded)
-    ]
+    images = [name for name, feature in rows.features.items() if _holds_pictures(name, feature)]
     image = config.image_column or (images[0] if len(images) == 1 else None)
     if image not in images:
         raise ValueError(
@@ -338,7 +336,17 @@ def _from_columns(
     kept, incomplete = _complete(rows, numbers)
     dropped.update(incomplete)
     _check(incomplete, int(kept.sum()), config, name)
-    return TableRows(rows if kept.all() else rows.select(np.flatnonzero(kept)), dropped, state)
+    rows = rows if kept.all() else rows.select(np.flatnonzero(kept))
+    return TableRows(rows, dropped, state, "Hub data set")
+
+
+def _holds_pictures(name: str, feature: Any) -> bool:
+    """Whether a column holds encoded pictures: as `datasets` writes them, as other libraries write
+    the same (a struct), or as img2dataset does (a column `jpg`)."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or (name in EXTENSIONS and is_bytes)
 
 
 def _holds_texts(feature: Any) -> bool:

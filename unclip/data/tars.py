@@ -262,7 +262,7 @@ def _index(file: Any, size: int | None, caption_key: str) -> Index:
                 file.seek(member.at)
                 texts[kind] = file.read(member.size)
             if name.is_absolute() or ".." in name.parts:
-                bad = member.name
+                bad = bad or member.name
         if files:
             take(key, files, texts, bad)
     except DamagedTar as error:
@@ -323,6 +323,7 @@ class TarRows:
 
     def __init__(self, files: Sequence[str], config: CaptionedConfig) -> None:
         self.files = list(files)
+        self.kind = f"{len(self.files)} WebDataset tars"
         self._path = config.caption_key.split(".")[1:]
         # How a path goes through fsspec may need the network: ask for all at once.
         with ThreadPoolExecutor(32) as threads:
