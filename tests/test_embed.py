@@ -18,7 +18,9 @@ import pytest
 import torch
 from conftest import embed_flags, full_disk, write_tiny_clip
 from safetensors.torch import load_file
-from test_training import ROOT, words
+from test_diffusers_format import add_image_encoder
+from test_diffusers_format import karlo as diffusers_karlo  # noqa: F401
+from test_training import ROOT, launch, words
 
 from unclip.clip import load_clip
 from unclip.data.embeddings import EmbeddingDataset, is_embedding_folder, read_manifest
@@ -195,6 +197,28 @@ def test_what_cannot_be_read_is_left_out_of_all_files_alike(
     assert len(EmbeddingDataset(out)) == 8
 
 
+def test_a_source_that_changed_since_is_refused(
+    pictures: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "source"))
+    out = tmp_path / "out"
+    embed(embed_flags(source, clip_folder, out))
+    (out / "img_emb/img_emb_0001.npy").unlink()
+    other = (source / "5.png").read_bytes()
+    (source / "6.png").write_bytes(other)
+    with pytest.raises(SystemExit):
+        embed(embed_flags(source, clip_folder, out))
+    assert "whose files have changed since: choose another --out" in one_line(capsys)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del (
+        manifest["source_state"],
+        manifest["clip"]["text_fingerprint"],
+    )  # as releases before wrote it
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    embed(embed_flags(source, clip_folder, out))
+    assert (out / "img_emb/img_emb_0001.npy").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -290,6 +314,43 @@ def test_training_from_rows_resumes_to_the_sample(
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
     file = "prior/model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "halves" / file).read_bytes()
+
+
+def test_two_processes_train_from_rows_and_one_goes_on(
+    written: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    config = [*words("prior", tmp_path, tiny_model), "--data", str(written)]
+    two = [*config, "--max-steps", "2", "--num-workers", "1"]
+    launch(["--multi_gpu", "--main_process_port", "0"], "train_prior.py", two)
+    run = tmp_path / "run"
+    ranks = sorted(path.name for path in (run / "checkpoints/step-0000002").glob("random_states_*"))
+    assert ranks == ["random_states_0.pkl", "random_states_1.pkl"]
+    train_prior(config)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["samples"]) for line in lines] == [(2, 8), (4, 16)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_text_encoder_alone_serves_to_train_from_rows(
+    diffusers_karlo: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = Path(shutil.copytree(diffusers_karlo, tmp_path / "whole"))
+    add_image_encoder(whole, "feature_extractor")
+    world = ["--data", "shapes", "--limit", "8", "--num-workers", "0"]
+    embed([*world, "--clip", str(whole), "--out", str(tmp_path / "rows")])
+    config = words("prior", tmp_path, diffusers_karlo, "alone")
+    config += ["--data", str(tmp_path / "rows"), "--max-steps", "2"]
+    train_prior(config)
+    train_prior([*config, "--base", str(whole), "--run", str(tmp_path / "both")])
+    assert losses(tmp_path / "alone") == losses(tmp_path / "both")
+    manifest = json.loads((tmp_path / "rows/manifest.json").read_text())
+    manifest["clip"]["text_fingerprint"] = "another"
+    (tmp_path / "rows/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit):
+        train_prior([*config, "--run", str(tmp_path / "wrong")])
+    assert "clip must be the one that made the embeddings in" in one_line(capsys)
 
 
 def write_laion(folder: Path, counts: list[int], width: int = 16, dtype: Any = np.float16) -> None:

@@ -30,6 +30,7 @@ from unclip.data.embeddings import (
     find_caption_column,
     find_pieces,
     is_embedding_folder,
+    made_by,
     open_rows,
     read_manifest,
     sha256,
@@ -382,7 +383,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_clip(clip: Any, report: Report) -> None:
     """Hold the embeddings looked at last against the CLIP that is to be trained on."""
     found, width = (report.embeddings[-1][name] for name in ("clip", "width"))
-    if found is not None and found["fingerprint"] != clip.fingerprint():
+    if found is not None and not made_by(found, clip):
         report.wrong("another CLIP", f"{found['name']} made them, not {clip.name}")
     if width not in (0, clip.embed_dim):
         report.wrong("another CLIP", f"{width} wide, {clip.embed_dim} in {clip.name}")

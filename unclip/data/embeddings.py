@@ -17,7 +17,7 @@ import json
 import mmap
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -78,6 +78,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             "release of unclip that wrote it, or take it away to use the folder as LAION's"
         )
     return manifest
+
+
+def made_by(recorded: Mapping[str, Any], clip: Any) -> bool:
+    """Whether a manifest's `clip` is this one; of one without an image tower, whether it is the
+    text tower of that one."""
+    if clip.image_size is None:
+        return recorded.get("text_fingerprint") == clip.fingerprint("text")
+    return bool(recorded["fingerprint"] == clip.fingerprint())
 
 
 class Fault(NamedTuple):

@@ -103,6 +103,15 @@ class GlobalBatches(Sampler[list[Index]]):
                         threads.submit(dataset.fetch, some)
 
 
+def first_rows(dataset: Dataset[Any], count: int) -> list[int]:
+    """The rows that the first `count` samples of a run are, at seed 0."""
+    batches = GlobalBatches(
+        dataset, batch_size=count, micro_batch_size=count, rank=0, num_processes=1
+    )
+    rows = next(iter(batches))
+    return [row[0] if isinstance(row, tuple) else row for row in rows]
+
+
 def _ahead(shards: Shards) -> int:
     """Positions of an epoch until every stream is half a shard on."""
     length, count = int(shards.sizes.sum()), max(1, int((shards.sizes > 0).sum()))

@@ -7,11 +7,9 @@ same command again goes on with those that are not.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +26,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from unclip.checkpoint import aside_of, written_file
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
+from unclip.data.captioned import CaptionedDataset
 from unclip.data.embeddings import (
     FORMAT,
     MANIFEST_NAME,
@@ -39,7 +39,7 @@ from unclip.data.embeddings import (
     read_manifest,
     sha256,
 )
-from unclip.data.source import FirstSamples, SourceConfig, open_source
+from unclip.data.source import SourceConfig, open_source, sources_of
 from unclip.hub import load_clip_of
 from unclip.training.batches import collate
 from unclip.training.checkpoints import differences
@@ -118,7 +118,7 @@ class Rows(Dataset[dict[str, Any]]):
     for it, since rows must keep to their pieces."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
-        whole = dataset.dataset if isinstance(dataset, FirstSamples) else dataset
+        (whole,) = sources_of(dataset)
         self._read: Callable[[int], dict[str, Any]] = getattr(whole, "read", whole.__getitem__)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -135,8 +135,9 @@ def _readable(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, 
     return collate(good) if good else {}, bad
 
 
-def describe(config: EmbedConfig, clip: FrozenCLIP, rows: int) -> dict[str, Any]:
+def describe(config: EmbedConfig, clip: FrozenCLIP, dataset: Dataset[Any]) -> dict[str, Any]:
     """The manifest before there is a piece: what all pieces of a folder have in common."""
+    (whole,) = sources_of(dataset)
     source = to_dict(config.source)
     if config.source.data != "shapes":
         del source["shapes"]
@@ -146,6 +147,7 @@ def describe(config: EmbedConfig, clip: FrozenCLIP, rows: int) -> dict[str, Any]
         "clip": {
             "name": config.clip,
             "fingerprint": clip.fingerprint(),
+            "text_fingerprint": clip.fingerprint("text"),
             "embed_dim": clip.embed_dim,
             "unit_norm": clip.unit_norm,
         },
@@ -162,7 +164,9 @@ def describe(config: EmbedConfig, clip: FrozenCLIP, rows: int) -> dict[str, Any]
         "text": config.text,
         "rows_per_piece": config.rows_per_piece,
         "source": source,
-        "source_rows": rows,
+        "source_rows": len(dataset),  # type: ignore[arg-type]
+        # The names, sizes and times of its files.
+        "source_state": whole.fingerprint() if isinstance(whole, CaptionedDataset) else None,
         **dict.fromkeys(RESULTS),
     }
 
@@ -178,15 +182,27 @@ def open_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     if there is None:
         path = folder / MANIFEST_NAME
         # What a run left that was killed while it wrote the manifest is no other thing.
-        if folder.is_dir() and {*folder.iterdir()} - {_aside(path)}:
+        if folder.is_dir() and {*folder.iterdir()} - {aside_of(path)}:
             raise ValueError(
                 f"out must be a new folder, or one that this command wrote; got {folder}, which "
                 "holds other things: choose another --out"
             )
         _write_json(path, manifest)
         return
+    for values, name in ((there, "source_state"), (there["clip"], "text_fingerprint")):
+        values.setdefault(name, None)  # a release that did not write it
+    may_change = ["clip.text_fingerprint", *RESULTS]
     # A CLIP may have moved; its weights are the same by their fingerprint.
-    if changed := differences(there, manifest, may_change=("clip.name", *RESULTS)):
+    may_change.append("clip.name")
+    if there["source_state"] is None:
+        may_change.append("source_state")
+    if changed := differences(there, manifest, may_change):
+        if changed.startswith("source_state: "):
+            raise ValueError(
+                f"source.data must be as it was when {folder} was begun; got "
+                f"{manifest['source']['data']}, whose files have changed since: choose another "
+                "--out, or take that folder away to start over"
+            )
         raise ValueError(
             f"out must hold embeddings by the same CLIP and settings; got {folder}, by "
             f"{there['clip']['name']}, which differs ({changed}): choose another --out, or go on "
@@ -194,23 +210,16 @@ def open_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
 def _write(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it into place; what a kill leaves aside is written over.
+    """Write a file, whole or not at all.
 
     Raises:
-        OSError: it cannot be written whole; then nothing is left aside.
+        OSError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _aside(path).write_bytes(data)
-        os.replace(_aside(path), path)
+        with written_file(path) as aside:
+            aside.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            _aside(path).unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise OSError(
             f"could not write {path}: {reason}; mend that, and the same command goes on from there"
@@ -296,7 +305,7 @@ def embed(config: EmbedConfig) -> None:
     config = replace(config, source=replace(config.source, image_size=size))
     dataset = open_source(config.source)
     total = len(dataset)  # type: ignore[arg-type]
-    manifest = describe(config, clip, total)
+    manifest = describe(config, clip, dataset)
     if accelerator.is_main_process:
         open_folder(config.out, manifest)
     accelerator.wait_for_everyone()

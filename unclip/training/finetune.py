@@ -57,8 +57,12 @@ def base_of(base: str | None, init: str | None, run: Path, lora: LoRAConfig | No
     return base or init or "shapes"
 
 
-def clip_for_training(clip: str | None, base: str, init: str | None) -> FrozenCLIP:
+def clip_for_training(
+    clip: str | None, base: str, init: str | None, needs_images: bool = True
+) -> FrozenCLIP:
     """The CLIP a stage is trained on: the one that is named, else the base's.
+
+    Without `needs_images`, for training on embeddings, a text encoder alone will do.
 
     Raises:
         FileNotFoundError, ValueError: as `load_clip_of` does.
@@ -75,7 +79,7 @@ def clip_for_training(clip: str | None, base: str, init: str | None) -> FrozenCL
             f"clip must be set where the model has none; got {where}, a model without a CLIP: pass "
             "the one it was trained on, such as --clip ViT-L-14/openai"
         )
-    if found.image_size is None:
+    if needs_images and found.image_size is None:
         raise ValueError(
             f"clip must have an image tower to train on pictures; got "
             f"{f'the CLIP of {where}' if clip is None else clip}, a text encoder alone: pass a "

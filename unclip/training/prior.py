@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
-from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.embeddings import EmbeddingDataset, is_embedding_folder, made_by
 from unclip.data.source import SourceConfig, open_source, sources_of
 from unclip.hub import Stages, check_stages, write_run_model
 from unclip.lora import LoRAConfig
@@ -31,6 +31,7 @@ from unclip.priors import (
     OneStepPriorConfig,
     Prior,
 )
+from unclip.training.batches import first_rows
 from unclip.training.checkpoints import open_run
 from unclip.training.finetune import (
     base_of,
@@ -131,9 +132,14 @@ def resolve(config: TrainPriorConfig, clip: FrozenCLIP) -> TrainPriorConfig:
 
 
 def spread_rows(dataset: Dataset[Any], count: int) -> list[int]:
-    """`count` rows spread evenly over a data set: its files may come sorted by subject."""
+    """`count` rows spread evenly over a data set: its files may come sorted by subject. Of one that
+    is read shard after shard, the first that training will read."""
     total = len(dataset)  # type: ignore[arg-type]
     count = min(count, total)
+    if any(
+        getattr(part, "shards", None) is not None for part in getattr(dataset, "parts", [dataset])
+    ):
+        return first_rows(dataset, count)
     stride = 1 if getattr(dataset, "endless", False) else total // count
     return [row * stride for row in range(count)]
 
@@ -168,7 +174,7 @@ def check_embeddings(dataset: EmbeddingDataset, clip: FrozenCLIP, named: str | N
             "say what made it: pass the CLIP that did, such as --clip ViT-L-14/openai"
         )
     theirs = None if manifest is None else manifest["clip"]
-    if theirs is not None and theirs["fingerprint"] != clip.fingerprint():
+    if theirs is not None and not made_by(theirs, clip):
         raise ValueError(
             f"clip must be the one that made the embeddings in {folder}, {theirs['name']} "
             f"({theirs['fingerprint']}); got {clip.name} ({clip.fingerprint()}): pass --clip "
@@ -201,7 +207,8 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 def train(config: TrainPriorConfig) -> None:
     """Train what `config` describes, into its run's folder."""
     base = base_of(config.base, config.init, config.run, config.lora)
-    clip = clip_for_training(config.clip, base, config.init)
+    from_rows = all(map(is_embedding_folder, config.source.names))
+    clip = clip_for_training(config.clip, base, config.init, needs_images=not from_rows)
     config = replace(resolve(config, clip), base=base)
     dataset = open_source(config.source)
     for read in sources_of(dataset):
