@@ -10,7 +10,7 @@ the pictures unpacked into a folder, without captions.  `resume` writes tiny tar
 then measures in a process of its own how long it takes to open them and give the first batch at 90%
 of an epoch.  `soak` reads an epoch of tiny tars by two ranks with four workers each, killing one
 rank three times and starting it anew at the batch it had come to; at the end every sample must have
-been read exactly once.
+been read exactly once.  With `--stream` both read shard after shard instead of at offsets.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def write_tiny_tars(folder: Path, samples: int, shard: int = 10_000) -> None:
             file.write(bytes(1024))
 
 
-def resume(samples: int) -> dict[str, Any]:
+def resume(samples: int, stream: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tiny_tars(folder, samples)
@@ -162,12 +162,16 @@ def resume(samples: int) -> dict[str, Any]:
         results = []
         for _ in range(3):  # the first makes the index
             command = [sys.executable, __file__, "first-batch", name, str(samples)]
+            command += ["--stream"] * stream
             results.append(json.loads(subprocess.check_output(command)))
-        index = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+        files = [file for file in (folder / "cache").rglob("*") if file.is_file()]
+        copies = sum(file.stat().st_size for file in files if file.suffix == ".tar")
+        index = sum(file.stat().st_size for file in files) - copies
     return {
         "samples": samples,
         "tars, MB": round(tars / 1e6),
         "index, MB": round(index / 1e6),
+        "copies, MB": round(copies / 1e6),
         "first opening, s": round(results[0]["seconds"], 2),
         "later openings to the first batch at 90%, s": [
             round(r["seconds"], 3) for r in results[1:]
@@ -176,11 +180,15 @@ def resume(samples: int) -> dict[str, Any]:
     }
 
 
-def first_batch(folder: Path, samples: int) -> dict[str, float]:
+def source_of(folder: Path, stream: bool) -> SourceConfig:
+    return SourceConfig(data=str(folder / "*.tar"), image_size=8, stream=stream)
+
+
+def first_batch(folder: Path, samples: int, stream: bool) -> dict[str, float]:
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    dataset = open_source(SourceConfig(data=str(folder / "*.tar"), image_size=8))
+    dataset = open_source(source_of(folder, stream))
     assert len(dataset) == samples  # type: ignore[arg-type]
     order = GlobalBatches(
         dataset,
@@ -196,17 +204,18 @@ def first_batch(folder: Path, samples: int) -> dict[str, float]:
     return {"seconds": seconds, "megabytes": (after - before) / 1024}
 
 
-def soak(samples: int, ranks: int, workers: int, kills: int) -> dict[str, Any]:
+def soak(samples: int, ranks: int, workers: int, kills: int, stream: bool) -> dict[str, Any]:
     """Each rank notes the batches it has finished, as training does with its steps."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tiny_tars(folder, samples)
-        first_batch(folder, samples)  # makes the index
+        first_batch(folder, samples, stream)  # makes the index
         batches = samples // SOAK_BATCH
 
         def start(rank: int) -> subprocess.Popen[bytes]:
             command = [sys.executable, __file__, "rank", name, str(samples)]
-            return subprocess.Popen([*command, str(rank), str(ranks), str(workers)])
+            command += [str(rank), str(ranks), str(workers), *["--stream"] * stream]
+            return subprocess.Popen(command)
 
         def done(rank: int) -> int:
             log = folder / f"rank-{rank}.bin"
@@ -242,13 +251,15 @@ def rank_record(ranks: int) -> np.dtype[Any]:
     return np.dtype([("megabytes", "<i8"), ("keys", "<i8", (SOAK_BATCH // ranks,))])
 
 
-def rank_of_soak(folder: Path, samples: int, rank: int, ranks: int, workers: int) -> None:
+def rank_of_soak(
+    folder: Path, samples: int, rank: int, ranks: int, workers: int, stream: bool
+) -> None:
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     log, dtype = folder / f"rank-{rank}.bin", rank_record(ranks)
     done = log.stat().st_size // dtype.itemsize if log.exists() else 0
     with log.open("ab") as file:
         file.truncate(done * dtype.itemsize)  # what it was writing when it was killed
-        dataset = open_source(SourceConfig(data=str(folder / "*.tar"), image_size=8))
+        dataset = open_source(source_of(folder, stream))
         order = GlobalBatches(
             dataset,
             batch_size=SOAK_BATCH,
@@ -299,18 +310,20 @@ def main() -> None:
     one.add_argument("folder", type=Path)
     for number in ("samples", "rank", "ranks", "workers"):
         one.add_argument(number, type=int)
+    for command in (again, inner, long, one):
+        command.add_argument("--stream", action="store_true", help="read shard after shard")
     args = parser.parse_args()
     if args.command == "rank":
-        rank_of_soak(args.folder, args.samples, args.rank, args.ranks, args.workers)
+        rank_of_soak(args.folder, args.samples, args.rank, args.ranks, args.workers, args.stream)
         return
     if args.command == "speed":
         result = speed(args.pattern, args.size, args.pictures, args.rounds)
     elif args.command == "resume":
-        result = resume(args.samples)
+        result = resume(args.samples, args.stream)
     elif args.command == "soak":
-        result = soak(args.samples, args.ranks, args.workers, args.kills)
+        result = soak(args.samples, args.ranks, args.workers, args.kills, args.stream)
     else:
-        result = first_batch(args.folder, args.samples)
+        result = first_batch(args.folder, args.samples, args.stream)
     print(json.dumps(result, indent=None if args.command == "first-batch" else 2))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import full_disk
 from PIL import Image
 
 from unclip.config import from_dict, parse
@@ -293,6 +294,34 @@ def test_long_pictures_are_skipped_without_ado(tmp_path, caplog):
     ds = open_source(SourceConfig(data=folder_of(long, picture((30, 8))), max_aspect=2))
     with pytest.raises(ValueError, match="max_aspect must leave some pictures; got 2,"):
         ds[0]
+
+
+def test_pictures_that_are_long_by_their_metadata_are_never_drawn(tmp_path):
+    """In the json of a tar, the columns of a table, or beside a picture; unknown sizes pass."""
+    sides = [{"width": 30, "height": 8}, {"width": 8, "height": 8}, {}, {"width": 8, "height": 17}]
+    tar = write_tar(tmp_path / "a.tar", 4, meta=lambda k: sides[k])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for k, side in enumerate(sides):
+        (folder / f"{k}.png").write_bytes(picture())
+        (folder / f"{k}.txt").write_text(f"c{k}")
+        (folder / f"{k}.json").write_text(json.dumps(side))
+    table = {name: [side.get(name) for side in sides] for name in ("width", "height")}
+    table |= {"jpg": [picture()] * 4, "caption": ["c0", "c1", "c2", "c3"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    for data in (tar, folder, tmp_path / "a.parquet"):
+        ds = open_source(SourceConfig(data=str(data), image_size=8, max_aspect=2, max_bad_share=0))
+        assert [ds[k]["caption"][-1] for k in range(len(ds))] == ["1", "2"]
+        assert ds.dropped == {"picture above max_aspect": 2}
+        assert len(open_source(SourceConfig(data=str(data), image_size=8, max_aspect=9))) == 4
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", 20)
+    with full_disk(500), pytest.raises(OSError, match="File too large"):
+        open_source(SourceConfig(data=tar))
+    assert not [f for f in (tmp_path / "cache/unclip_tars").iterdir() if f.name != ".lock"]
+    assert len(open_source(SourceConfig(data=tar))) == 20
 
 
 def test_crop_flip_and_caption_depend_on_seed_epoch_and_number_alone(tmp_path):

@@ -21,6 +21,7 @@ from unclip.data import storage, tars
 from unclip.data.order import Order, Shards
 from unclip.data.source import PartConfig, SourceConfig, open_source
 from unclip.training.batches import GlobalBatches, loader
+from unclip.training.prior import spread_rows
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,21 @@ def test_few_shards_are_in_use_at_a_time_and_ranks_have_streams_of_their_own():
     mixed = Order([40_000, 9], [1, 1], seed=1, shards=[Shards(sizes, streams, buffer), None])
     part, index, epoch = mixed(np.arange(80_000))
     assert sorted(index[(part == 0) & (epoch == 0)].tolist()) == list(range(40_000))
+
+
+def test_statistics_are_measured_on_what_is_read_first(packed):
+    ds = source(packed, limit=40)
+    rows = spread_rows(ds, 12)
+    first = keys_of_seed(ds, 0)
+    assert [ds[row]["key"] for row in rows] == first
+    assert spread_rows(source(write_tar(packed.parent / "p.tar", 10)), 5) == [0, 2, 4, 6, 8]
+
+
+def keys_of_seed(dataset: Any, seed: int) -> list[str]:
+    batches = GlobalBatches(
+        dataset, batch_size=12, micro_batch_size=12, rank=0, num_processes=1, seed=seed
+    )
+    return next(iter(loader(dataset, batches, 0)))["key"]
 
 
 # --- compressed tars

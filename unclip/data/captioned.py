@@ -30,7 +30,7 @@ from unclip.data.causes import (
 from unclip.data.filters import Filter
 from unclip.data.images import MAX_PIXELS, WHITE, PictureTooLarge, decode_image, to_tensor
 from unclip.data.order import Shards
-from unclip.data.storage import Unreachable, expand
+from unclip.data.storage import TAR_NAMES, Unreachable, expand
 from unclip.data.tables import open_folder, open_hub, open_parquet
 from unclip.data.tars import TarRows
 
@@ -379,7 +379,7 @@ def _open(config: CaptionedConfig) -> Rows:
     if isinstance(config.data, str):
         path = Path(config.data)
         if path.is_dir():
-            for pattern in ("*.tar", "*.tar.*", "*.tgz", "*.parquet"):
+            for pattern in (*TAR_NAMES, "*.parquet"):
                 if files := sorted(str(file) for file in path.glob(pattern)):
                     return _open_files(files, config)
             return open_folder(path, config)

@@ -44,6 +44,8 @@ BUSY = 60.0
 """A copy that was read within so many seconds is still needed."""
 BLOCK = 2**20
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
+TAR_NAMES = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz")
+"""What tars in a folder are called; of several kinds the first is taken."""
 BAD_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 """What reading a compressed file raises where it is damaged or cut off."""
 
@@ -185,7 +187,10 @@ def _expand_remote(address: str) -> list[str]:
                 return []
             if about["type"] != "directory":
                 return [address]
-            path = path.rstrip("/") + "/*.tar"
+            kinds = (system.glob(f"{path.rstrip('/')}/{kind}") for kind in TAR_NAMES)
+            return [
+                system.unstrip_protocol(found) for found in sorted(next(filter(None, kinds), []))
+            ]
         return [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
 
     return retried(ask, address)
@@ -325,7 +330,8 @@ def copy_of(source: Source, copy: Copy) -> Path:
     Raises OSError if the tar has gone or changed, or cannot be reached.
     """
     folder = cache_folder() / "copies"
-    name = digest(os.path.abspath(source.path), source.size, source.changed, copy.length)
+    where = source.path if is_remote(source.path) else os.path.abspath(source.path)
+    name = digest(where, source.size, source.changed, copy.length)
     path = folder / f"{name}.tar"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,8 @@ class GlobalBatches(Sampler[list[Index]]):
         rows = np.arange(self.batch_size).reshape(-1, self.micro_batch_size, self.num_processes)
         own = rows[:, :, self.rank]  # [accumulation steps, micro-batch]
         fetched = self.first_batch * self.batch_size
-        with ThreadPoolExecutor(FETCHING) as threads:
+        threads = ThreadPoolExecutor(FETCHING)
+        try:
             for batch in itertools.count(self.first_batch):
                 now = batch * self.batch_size
                 # Half of what lies ahead at a time: every position would cost more than it saves.
@@ -91,6 +92,8 @@ class GlobalBatches(Sampler[list[Index]]):
                     fetched = end
                 for step in own:
                     yield self._indices(now + step)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, positions: Integers, threads: Executor) -> None:
         """Have copied to this machine what the samples at these positions need."""

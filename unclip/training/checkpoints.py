@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = {
     "fresh",
     "run",  # a run's folder may be moved
+    "source.copies_gb",
+    "source.index_beside",
     *(
         f"fit.{name}"
         for name in (
