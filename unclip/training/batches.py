@@ -66,7 +66,8 @@ class GlobalBatches(Sampler[list[Index]]):
         self._parts = getattr(dataset, "parts", [dataset])
         shards = [getattr(part, "shards", None) for part in self._parts]
         self._order = None if endless else Order(lengths, weights, seed, shards)
-        self._ahead = sum(_ahead(part) for part in shards if part is not None)
+        ahead = sum(_ahead(part) for part in shards if part is not None)
+        self._ahead = -(-ahead // batch_size) * batch_size
 
     def _indices(self, positions: Integers) -> list[Index]:
         if self._order is None:
@@ -118,7 +119,7 @@ def first_rows(dataset: Dataset[Any], count: int) -> list[int]:
 def _ahead(shards: Shards) -> int:
     """Positions of an epoch until every stream is half a shard on."""
     length, count = int(shards.sizes.sum()), max(1, int((shards.sizes > 0).sum()))
-    return max(1, shards.streams * length // count // 2)
+    return max(1, min(length, shards.streams * length // count // 2))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
