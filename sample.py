@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,9 +49,16 @@ DEFAULTS = {"model": "shapes", "dtype": "float32"}
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 8
 
+
+def interval(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between."""
+    low, high = map(float, text.split(","))
+    return low, high
+
+
 # Flag -> field of CascadeOptions, whose defaults the help repeats (a test compares them): reading
 # them from there would make `--help` wait for torch.
-OPTIONS: list[tuple[list[str], str, type, str]] = [
+OPTIONS: list[tuple[list[str], str, Callable[[str], Any], str]] = [
     (["--guidance"], "guidance_scale", float, "decoder's guidance, 1 is off (default: 3.0)"),
     (["--prior-guidance"], "prior_guidance_scale", float, "the prior's (default: 1.0)"),
     (["--num-candidates"], "num_candidates", int, "embeddings to choose from (default: 2)"),
@@ -64,6 +71,19 @@ OPTIONS: list[tuple[list[str], str, type, str]] = [
     (["--prior-top-p"], "prior_top_p", float, "of a prior of tokens (default: 1.0)"),
     (["--upsampler-sampler"], "upsampler_sampler", str, "the upsamplers' (default: ddim)"),
     (["--eta"], "eta", float, "noise the decoder's ddim adds, 0 to 1 (default: 0.0)"),
+    (
+        ["--guidance-interval"],
+        "guidance_interval",
+        interval,
+        "guide from LOW to HIGH noise alone",
+    ),
+    (
+        ["--guidance-rescale"],
+        "guidance_rescale",
+        float,
+        "guide with less contrast (default: 0.0)",
+    ),
+    (["--dynamic-threshold"], "dynamic_threshold", float, "share within range, say 0.995"),
     (["--negative-prompt"], "negative_prompt", str, "a caption that guidance leads away from"),
     (["--best-of"], "best_of", int, "pictures drawn for each one kept, by CLIP (default: 1)"),
     (["--size"], "size", int, "side to stop at, px (default: the model's largest)"),
@@ -123,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """How to draw, with what, and where to: the same for every command."""
     how = parser.add_argument_group("how to draw it (other models may have other defaults)")
     for flags, dest, kind, text in OPTIONS:
-        metavar = {int: "N", float: "X", str: "NAME"}[kind]
+        metavar = {int: "N", float: "X", str: "NAME", interval: "LOW,HIGH"}[kind]
         how.add_argument(*flags, dest=dest, type=kind, metavar=metavar, help=text)
     model = parser.add_argument_group("with what, and where to")
     model.add_argument("--model", help="shipped name, folder or org/name (default: shapes)")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from unclip.diffusion import (
     SAMPLERS,
     DiffusionConfig,
+    GuidanceLimits,
     NoiseSchedule,
     diffusion_loss,
     guided,
     make_generators,
     make_scheduler,
+    measure_eps_power,
     sample,
     sampling_timesteps,
 )
@@ -24,7 +28,7 @@ T_ALL = torch.arange(1000)
 
 
 def config(**changes) -> DiffusionConfig:
-    return DiffusionConfig(**{"clip_range": None, **changes})
+    return DiffusionConfig(**{"clip_range": None, "eps_power": (1.0, 1.0), **changes})
 
 
 def batch(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +84,7 @@ def test_sampling_timesteps_are_distinct_and_start_at_the_last(spacing):
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(ValueError, match=r"one of ddpm, .*unipc; got 'dppm'.*did you mean 'ddpm'"):
+    with pytest.raises(ValueError, match=r"one of ddpm, .*; got 'dppm'.*did you mean 'ddpm'"):
         make_scheduler(config(), "dppm")
     with pytest.raises(ValueError, match=r"diffusion\.beta_schedule .*'cosin'.*'cosine'"):
         config(beta_schedule="cosin")
@@ -346,7 +350,7 @@ def test_intermediate_samples_keep_the_schedules_noise_level(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("shape", [(3, 5), (3, 3, 4, 4)])
 def test_a_sample_is_the_same_alone_and_in_a_batch(sampler, shape):
-    cfg = DiffusionConfig(prediction_type="v", variance="learned_range")
+    cfg = config(prediction_type="v", variance="learned_range")
 
     def network(x_t, timesteps, context):
         return torch.cat([torch.sin(3 * x_t), torch.cos(x_t)], dim=1)
@@ -386,6 +390,131 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(sampler):
     assert out.std().item() == pytest.approx(std, rel=0.025)
 
 
+@pytest.mark.parametrize("steps", [3, 7, 30])
+def test_the_analytic_variance_is_right_for_a_gaussian_in_any_number_of_steps(steps):
+    """There the reverse steps are Gaussian, so that the best Gaussian is the true one (Bao et al.
+    2022); DDPM's own variance is too small where steps are few."""
+    mean, std = 0.3, 0.4
+    cfg = config()
+    alpha_bar = make_scheduler(cfg).alphas_cumprod
+
+    def network(x_t, timesteps, context):
+        a = alpha_bar[timesteps][:, None].float()
+        return mean + a.sqrt() * std**2 / (a * std**2 + 1 - a) * (x_t - a.sqrt() * mean)
+
+    x_0 = mean + std * torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0))
+    power = measure_eps_power(
+        network, NoiseSchedule(cfg), x_0, {}, torch.Generator().manual_seed(1), num_knots=200
+    )
+    cfg = replace(cfg, eps_power=power)
+
+    def error(sampler):
+        """Of the standard deviation on the way, where the step to x_0 has no part in it."""
+        errors = []
+
+        def look(step, t, x_t, x_0):
+            true = (alpha_bar[t] * std**2 + 1 - alpha_bar[t]).sqrt().item()
+            errors.append(abs(x_t.std().item() - true) / true)
+
+        sample(
+            network,
+            cfg,
+            (4, 20_000),
+            context={},
+            sampler=sampler,
+            num_inference_steps=steps,
+            generators=make_generators(0, 4),
+            callback=look,
+        )
+        return max(errors)
+
+    assert error("analytic") < 0.03
+    assert error("ddpm") > 2 * error("analytic")
+
+
+def test_euler_is_ddim_as_diffusers_own_in_x_over_alpha():
+    cfg = config(prediction_type="eps")
+    alpha_bar = make_scheduler(cfg).alphas_cumprod
+    x_T = batch(1, 3, 4, 4)[1]
+    options = {"context": {}, "num_inference_steps": 20, "generators": make_generators(0, 1)}
+
+    def network(x_t, t, context):
+        return torch.tanh(x_t)
+
+    ours = sample(network, cfg, x_T.shape, x_T=x_T, sampler="euler", **options)
+    theirs = EulerDiscreteScheduler(
+        trained_betas=make_scheduler(cfg).betas.tolist(), timestep_spacing="trailing"
+    )
+    theirs.set_timesteps(20)
+    x = x_T / alpha_bar[999].sqrt().float()
+    for t in theirs.timesteps:
+        alpha = alpha_bar[int(t)].sqrt().float()
+        theirs.scale_model_input(x, t)
+        x = theirs.step(torch.tanh(x * alpha), t, x).prev_sample
+    scale = x.abs().max()
+    torch.testing.assert_close(ours / scale, x / scale, rtol=2e-3, atol=2e-4)
+
+
+def test_limits_of_guidance():
+    x_t, t = torch.randn(2, 4), torch.tensor([5, 5])
+    cond = {"y": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))}
+    null = {"y": torch.zeros(2, 4)}
+
+    def network(x_t, timesteps, context):
+        return context["y"]
+
+    plain, strong = cond["y"], guided(network, x_t, t, cond, null, 5.0)
+    torch.testing.assert_close(strong, 5 * plain)
+    back = guided(network, x_t, t, cond, null, 5.0, rescale=1.0)
+    torch.testing.assert_close(back, plain)
+    half = guided(network, x_t, t, cond, null, 5.0, rescale=0.5)
+    torch.testing.assert_close(half, 3 * plain)
+
+    limits = GuidanceLimits(interval=(0.2, 0.6))
+    assert [limits.scale_at(4.0, level) for level in (0.1, 0.2, 0.5, 0.7)] == [1, 4, 4, 1]
+    x_0 = torch.linspace(-4, 4, 101)[None].repeat(2, 1)
+    x_0[1] /= 8  # within range already
+    assert torch.equal(GuidanceLimits().clamp(x_0, 1.0), x_0.clamp(-1, 1))
+    dynamic = GuidanceLimits(dynamic_threshold=0.5).clamp(x_0, 1.0)
+    torch.testing.assert_close(dynamic[0], (x_0[0] / 2).clamp(-1, 1))  # half lie within 2
+    assert torch.equal(dynamic[1], x_0[1])
+
+
+def test_guidance_acts_within_its_interval_alone():
+    sizes = []
+
+    def network(x_t, timesteps, context):
+        sizes.append((int(timesteps[0]), len(x_t)))
+        return x_t * 0.5
+
+    sample(
+        network,
+        config(),
+        (2, 6),
+        context={"y": torch.zeros(2, 1)},
+        null_context={"y": torch.ones(2, 1)},
+        guidance_scale=2.0,
+        guidance_limits=GuidanceLimits(interval=(0.3, 0.8)),
+        num_inference_steps=4,
+        generators=make_generators(0, 2),
+    )
+    assert sizes == [(999, 2), (749, 4), (499, 4), (249, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interval": (0.5, 0.2)}, "guidance_interval must be two numbers from 0 to 1"),
+        ({"interval": (-0.1, 0.2)}, "guidance_interval must be two numbers"),
+        ({"rescale": 1.5}, "guidance_rescale must lie in"),
+        ({"dynamic_threshold": 0.0}, "dynamic_threshold must lie in"),
+    ],
+)
+def test_limits_of_guidance_have_ranges(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceLimits(**changes)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_where_n_divides_t_the_loop_is_diffusers_own(sampler):
     """On its sub-chain a scheduler walks as diffusers' strided one does where that one is right."""
@@ -401,6 +530,8 @@ def test_where_n_divides_t_the_loop_is_diffusers_own(sampler):
         generators=make_generators(0, 1),
         x_T=x_T,
     )
+    if sampler == "analytic":  # diffusers has none; the test of a Gaussian holds it
+        return
     scheduler = make_scheduler(cfg, sampler)
     scheduler.set_timesteps(20)
     (rng,) = make_generators(0, 1)
@@ -461,7 +592,7 @@ def test_ddpm_and_ddim_with_eta_1_are_the_same_process():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_clamps_and_an_untrained_network_stays_finite(sampler):
-    cfg = DiffusionConfig(prediction_type="eps", clip_range=0.7)
+    cfg = config(prediction_type="eps", clip_range=0.7)
     out = sample(
         lambda x_t, t, context: torch.zeros_like(x_t),
         cfg,
@@ -508,6 +639,7 @@ def test_network_runs_in_its_dtype_and_the_scheduler_in_fp32():
         ({"eta": 1.5}, "eta must be between 0 and 1"),
         ({"guidance_scale": -0.1}, "guidance_scale must not be negative"),
         ({"sampler": "dpm"}, "sampler must be one of"),
+        ({"sampler": "analytic"}, "must not be 'analytic' for a model without diffusion.eps_power"),
         ({"generators": make_generators(0, 3)}, "got 3 for a batch of 2"),
         ({"x_T": torch.zeros(2, 5)}, "x_T must have the shape"),
     ],

@@ -1,5 +1,6 @@
 """The kinds of prior behind one interface: tokens, flows, closed forms, and how each trains."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from unclip.priors import (
 )
 from unclip.priors.autoregressive import pick
 from unclip.priors.linear import LinearMapConfig
+from unclip.training.analytic import main as measure_analytic
 from unclip.training.prior import main as train_prior
 
 SIZES: dict[str, Any] = {
@@ -384,3 +386,32 @@ def test_only_the_top_of_the_dot_products_is_asked_for(
     seen.clear()
     draw(tokens_prior, text, [0], guidance_scale=2.0)
     assert seen[0][:2].tolist() == [8, 8]  # the unconditional half hears of no dot product
+
+
+# --------------------------------------------------------------------------- analytic variance
+
+
+@pytest.mark.filterwarnings("ignore:the caption has more than")
+def test_the_analytic_sampler_wants_a_measurement_and_takes_it(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    options = {"prior_steps": 3, "prior_sampler": "analytic", "decoder_steps": 1, "size": 16}
+    with pytest.raises(ValueError, match=r"^prior_sampler must not be 'analytic' for a model"):
+        UnCLIP.from_pretrained(folder)(["a red circle"], progress=False, **options)
+    weights = (folder / "prior/model.safetensors").read_bytes()
+    measure_analytic(["--model", str(folder), "--data", str(pictures), "--num", "8"])
+    assert "from t = 0 to T - 1:" in capsys.readouterr().out
+    assert (folder / "prior/model.safetensors").read_bytes() == weights
+    model = UnCLIP.from_pretrained(folder)
+    assert model.prior is not None
+    power = model.prior.config.diffusion.eps_power
+    assert len(power) == 32 and all(0 <= value <= 1 for value in power)
+    analytic = model(["a red circle"], progress=False, **options).image_embed
+    ddpm = model(["a red circle"], progress=False, **{**options, "prior_sampler": "ddpm"})
+    assert analytic is not None and analytic.isfinite().all()
+    assert ddpm.image_embed is not None and not torch.equal(analytic, ddpm.image_embed)
+    with pytest.raises(SystemExit):
+        measure_analytic(["--model", str(tmp_path)])
+    assert "model must be a folder with a prior" in capsys.readouterr().err

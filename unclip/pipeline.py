@@ -6,6 +6,7 @@ Shapes: P prompts, B pictures (`num_images` for each prompt), D width of CLIP's 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from unclip.clip import FrozenCLIP, Text, blend, split_weights
-from unclip.diffusion import DiffusionConfig, Resampling, make_scheduler, sampling_timesteps
+from unclip.diffusion import (
+    DiffusionConfig,
+    GuidanceLimits,
+    Resampling,
+    make_scheduler,
+    sampling_timesteps,
+)
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
 from unclip.priors import KINDS, PCA, Prior, PriorOptions, TransformerPrior
@@ -61,6 +68,14 @@ class CascadeOptions:
     """The upsamplers'."""
     eta: float = 0.0
     """Noise the decoder's `ddim` adds back, 0 to 1."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels between 0 and 1 from and to which the decoder is guided; None: all of them."""
+    guidance_rescale: float = 0.0
+    """How far the decoder's guided output is brought back to its contrast without guidance, 0 to 1
+    (0.7 is usual)."""
+    dynamic_threshold: float | None = None
+    """Share of the decoder's values that stay within range, the others making it wider (0.995 is
+    usual); None clamps."""
     negative_prompt: str | None = None
     """A caption that guidance leads away from, in the prior and the decoder, where it would else
     lead away from no caption."""
@@ -91,9 +106,11 @@ class CascadeOptions:
         self._check_of_prior()
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative_prompt")
+        _ = self.guidance_limits  # which checks its own
         for name in ("sampler", "upsampler_sampler"):
             try:
-                make_scheduler(DiffusionConfig(), getattr(self, name))
+                # Whether a model can do with `analytic` is found out when it is sampled.
+                make_scheduler(DiffusionConfig(eps_power=(1.0, 1.0)), getattr(self, name))
             except ValueError as error:
                 raise ValueError(str(error).replace("sampler", name, 1)) from error
         if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
@@ -127,9 +144,19 @@ class CascadeOptions:
         }
 
     @property
+    def guidance_limits(self) -> GuidanceLimits:
+        """What keeps the decoder's guidance from overdoing it."""
+        return GuidanceLimits(
+            interval=self.guidance_interval or (0.0, 1.0),
+            rescale=self.guidance_rescale,
+            dynamic_threshold=self.dynamic_threshold,
+        )
+
+    @property
     def of_decoder(self) -> dict[str, Any]:
         """The decoder's, as `SamplingOptions` names them."""
         return {
+            "guidance_limits": self.guidance_limits,
             "sampler": self.sampler,
             "num_inference_steps": self.decoder_steps,
             "guidance_scale": self.guidance_scale,
@@ -439,17 +466,17 @@ class UnCLIP:
                 self.prior.check_options(PriorOptions(**options.of_prior))
             except ValueError as error:
                 raise ValueError(_as_of_prior(error)) from error
-        schedules = {
-            "decoder_steps": [self.decoder.config.diffusion],
-            "upsampler_steps": [up.config.diffusion for up in self.upsamplers],
-        }
-        for name, configs in schedules.items():
-            for config in configs:
-                try:
-                    sampling_timesteps(config, getattr(options, name))
-                except ValueError as error:
-                    message = str(error).replace("num_inference_steps", name, 1)
-                    raise ValueError(message) from error
+        stages = [("decoder_steps", "sampler", self.decoder)]
+        stages += [("upsampler_steps", "upsampler_sampler", up) for up in self.upsamplers]
+        for steps, sampler, stage in stages:
+            config = stage.config.diffusion
+            try:
+                timesteps = sampling_timesteps(config, getattr(options, steps))
+                make_scheduler(config, getattr(options, sampler), timesteps)
+            except ValueError as error:
+                message = str(error).replace("num_inference_steps", steps, 1)
+                message = re.sub("^sampler ", f"{sampler} ", message)
+                raise ValueError(message) from error
         if options.size is not None and options.size not in self.sizes:
             raise ValueError(
                 f"size must be one of {', '.join(map(str, self.sizes))}, the sides this model "

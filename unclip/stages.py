@@ -19,12 +19,14 @@ from unclip.checkpoint import fill, load_stage, save_stage, unfilled
 from unclip.config import from_dict, to_dict
 from unclip.diffusion import (
     DiffusionConfig,
+    GuidanceLimits,
     Network,
     Resampling,
     invert,
     sample,
     sampling_timesteps,
 )
+from unclip.diffusion.guidance import UNLIMITED
 from unclip.models import Decoder, DecoderConfig, Upsampler, UpsamplerConfig
 from unclip.priors import TextConditioning, fill_dropped
 
@@ -42,6 +44,8 @@ class SamplingOptions:
     """Steps."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is off."""
+    guidance_limits: GuidanceLimits = UNLIMITED
+    """What keeps guidance from overdoing it."""
     eta: float = 0.0
     """Noise DDIM adds back, 0 to 1."""
     resampling: Resampling | None = None
@@ -187,6 +191,7 @@ class PictureStage(nn.Module):
             context=context,
             null_context=null_context,
             guidance_scale=options.guidance_scale,
+            guidance_limits=options.guidance_limits,
             sampler=options.sampler,
             num_inference_steps=options.num_inference_steps,
             eta=options.eta,

@@ -3,8 +3,9 @@ prediction targets and their loss, classifier-free guidance, and one sampling lo
 schedulers. Prior embeddings [B, D] and decoder images [B, C, H, W] share all of it, and training
 and sampling read the same schedule."""
 
+from unclip.diffusion.analytic import measure_eps_power
 from unclip.diffusion.flow import FLOW_SAMPLERS, FlowConfig, flow_path, flow_times, sample_flow
-from unclip.diffusion.guidance import Context, Network, guided, join
+from unclip.diffusion.guidance import Context, GuidanceLimits, Network, guided, join
 from unclip.diffusion.objective import NoiseSchedule, diffusion_loss, loss_weight
 from unclip.diffusion.resampling import Resampling
 from unclip.diffusion.sampling import invert, make_generators, sample
@@ -22,6 +23,7 @@ __all__ = [
     "Context",
     "DiffusionConfig",
     "FlowConfig",
+    "GuidanceLimits",
     "Network",
     "NoiseSchedule",
     "Resampling",
@@ -35,6 +37,7 @@ __all__ = [
     "loss_weight",
     "make_generators",
     "make_scheduler",
+    "measure_eps_power",
     "sample",
     "sample_flow",
     "sampling_timesteps",

@@ -7,6 +7,7 @@ whose first dimension is the batch, or None for a condition that the model does 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -14,6 +15,51 @@ from torch import Tensor
 
 Context: TypeAlias = Mapping[str, Tensor | None]
 Network: TypeAlias = Callable[[Tensor, Tensor, dict[str, Tensor | None]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceLimits:
+    """What keeps guidance from overdoing it; the defaults leave it alone."""
+
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts between these noise levels t / T alone (Kynkaanniemi et al. 2024)."""
+    rescale: float = 0.0
+    """How far the guided output's standard deviation is brought back to the conditional one's, 0 to
+    1 (Lin et al. 2023, section 3.4: 0.7)."""
+    dynamic_threshold: float | None = None
+    """The share of x_0's values that stay within range: where more of them do not, all are divided
+    by what that share stays below (Imagen, Saharia et al. 2022: 0.995). None clamps."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"guidance_interval must be two numbers from 0 to 1, the lower first; got "
+                f"{list(self.interval)}: use 0 1 for all of the chain"
+            )
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale must lie in [0, 1]; got {self.rescale}: use 0.7, or 0 for none"
+            )
+        if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
+            raise ValueError(
+                f"dynamic_threshold must lie in (0, 1]; got {self.dynamic_threshold}: use 0.995"
+            )
+
+    def scale_at(self, guidance_scale: float, level: float) -> float:
+        """The scale at a noise level t / T."""
+        return guidance_scale if self.interval[0] <= level <= self.interval[1] else 1.0
+
+    def clamp(self, x_0: Tensor, limit: float) -> Tensor:
+        """x_0 [B, ...] within +- `limit`."""
+        if self.dynamic_threshold is not None:
+            largest = x_0.abs().flatten(1).quantile(self.dynamic_threshold, dim=1).clamp(min=limit)
+            largest = largest.reshape(-1, *[1] * (x_0.ndim - 1))
+            x_0 = x_0.clamp(-largest, largest) * (limit / largest)
+        return x_0.clamp(-limit, limit)
+
+
+UNLIMITED = GuidanceLimits()
 
 
 def guided(
@@ -24,6 +70,7 @@ def guided(
     null_context: Context | None,
     guidance_scale: float,
     learned_variance: bool = False,
+    rescale: float = 0.0,
 ) -> Tensor:
     """The network's output, moved from the unconditional one through the conditional one.
 
@@ -39,6 +86,7 @@ def guided(
         guidance_scale: 0 or more.
         learned_variance: the second half of the output's channels is a variance: it is not
             extrapolated but taken from the conditional output.
+        rescale: see `GuidanceLimits`.
 
     Raises:
         ValueError: the scale is negative, or the two contexts do not match.
@@ -56,8 +104,16 @@ def guided(
     if learned_variance:
         uncond, _ = uncond.chunk(2, dim=1)
         cond, variance = cond.chunk(2, dim=1)
-        return torch.cat([uncond + guidance_scale * (cond - uncond), variance], dim=1)
-    return uncond + guidance_scale * (cond - uncond)
+        return torch.cat([_extrapolated(uncond, cond, guidance_scale, rescale), variance], dim=1)
+    return _extrapolated(uncond, cond, guidance_scale, rescale)
+
+
+def _extrapolated(uncond: Tensor, cond: Tensor, guidance_scale: float, rescale: float) -> Tensor:
+    output = uncond + guidance_scale * (cond - uncond)
+    if rescale == 0:
+        return output
+    ratio = cond.flatten(1).std(dim=1) / output.flatten(1).std(dim=1)
+    return output * (1 + rescale * (ratio - 1)).reshape(-1, *[1] * (output.ndim - 1))
 
 
 def check_guidance_scale(guidance_scale: float) -> None:

@@ -17,7 +17,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unclip.diffusion.guidance import Context, Network, check_guidance_scale, guided
+from unclip.diffusion.analytic import variance_fraction
+from unclip.diffusion.guidance import (
+    UNLIMITED,
+    Context,
+    GuidanceLimits,
+    Network,
+    check_guidance_scale,
+    guided,
+)
 from unclip.diffusion.objective import NoiseSchedule
 from unclip.diffusion.resampling import Resampling, renoise
 from unclip.diffusion.schedule import DiffusionConfig, make_scheduler, sampling_timesteps
@@ -32,6 +40,7 @@ def sample(
     context: Context,
     null_context: Context | None = None,
     guidance_scale: float = 1.0,
+    guidance_limits: GuidanceLimits = UNLIMITED,
     sampler: str = "ddim",
     num_inference_steps: int = 50,
     eta: float = 0.0,
@@ -56,7 +65,10 @@ def sample(
         context: the condition, batch B.
         null_context: the absent condition, for guidance; see `guided`.
         guidance_scale: 0 or more; 1 is off.
+        guidance_limits: what keeps it from overdoing it.
         sampler: one of `SAMPLERS`. Only `ddpm` uses a learned variance; the others drop it.
+            `analytic` is `ddpm` with the variance that suits the network best, for configs that
+            have an `eps_power`.
         num_inference_steps: 1 .. num_train_timesteps.
         eta: noise of a `ddim` step, from 0 (none) to 1 (as much as DDPM's).
         generators: one a sample. All noise of sample k comes from generator k, so it is the same
@@ -98,6 +110,15 @@ def sample(
     # The scheduler is always told x_0, so that the clamped estimate needs no way back into eps or
     # v, which at the noisy end would divide by alpha = 5e-5.
     scheduler = make_scheduler(replace(schedule_config, prediction_type="x_0"), sampler, timesteps)
+    analytic = None
+    if sampler == "analytic":
+        assert schedule_config.eps_power is not None  # make_scheduler has seen to it
+        analytic = variance_fraction(
+            scheduler.alphas_cumprod,
+            timesteps[::-1],
+            schedule_config.eps_power,
+            schedule_config.num_train_timesteps,
+        )
     step_options: dict[str, Any] = {} if sampler == "unipc" else {"generator": rngs}
     if sampler == "ddim":
         step_options["eta"] = eta
@@ -115,7 +136,15 @@ def sample(
     for step, (place, next_place) in enumerate(bar):
         timestep = timesteps[num_inference_steps - 1 - place]
         x_0, variance = _estimate_x_0(
-            network, schedule, x_t, timestep, context, null_context, guidance_scale, dtype
+            network,
+            schedule,
+            x_t,
+            timestep,
+            context,
+            null_context,
+            guidance_scale,
+            dtype,
+            guidance_limits,
         )
         if constrain is not None:
             x_0 = constrain(x_0)
@@ -123,7 +152,9 @@ def sample(
             callback(step, timestep, x_t, x_0)
 
         estimate = x_0
-        if variance is not None and sampler == "ddpm":
+        if analytic is not None:
+            variance = torch.full_like(x_0, analytic[place].item())
+        if variance is not None and sampler in ("ddpm", "analytic"):
             estimate = torch.cat([x_0, variance.float()], dim=1)
         x_t = scheduler.step(estimate, place, x_t, **step_options).prev_sample
         if next_place >= place:
@@ -201,6 +232,7 @@ def _estimate_x_0(
     null_context: Context | None,
     guidance_scale: float,
     dtype: torch.dtype,
+    limits: GuidanceLimits = UNLIMITED,
 ) -> tuple[Tensor, Tensor | None]:
     """The guided network's x_0, within the config's range, and the variance half or None."""
     config = schedule.config
@@ -211,13 +243,14 @@ def _estimate_x_0(
         t,
         context,
         null_context,
-        guidance_scale,
+        limits.scale_at(guidance_scale, timestep / config.num_train_timesteps),
         learned_variance=config.variance == "learned_range",
+        rescale=limits.rescale,
     )
     prediction, variance = schedule.split_output(model_output, x_t)
     x_0 = schedule.predict_x_0(x_t, prediction, t)
     if config.clip_range is not None:
-        x_0 = x_0.clamp(-config.clip_range, config.clip_range)
+        x_0 = limits.clamp(x_0, config.clip_range)
     if config.x_0_norm is not None:
         x_0 = F.normalize(x_0.flatten(1), dim=1).view_as(x_0) * config.x_0_norm
     return x_0, variance

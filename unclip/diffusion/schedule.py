@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +27,7 @@ Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Weighting = Literal["uniform", "min_snr"]
 TimestepSpacing = Literal["trailing", "linspace", "fast27"]
 
-SAMPLERS = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc")
+SAMPLERS = ("ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "euler", "analytic")
 INVERSE = "ddim_inverse"
 
 
@@ -72,7 +72,18 @@ class DiffusionConfig:
     that GLIDE found for its upsampler, more of them at the clean end; at any other number
     `linspace`."""
 
+    eps_power: tuple[float, ...] | None = None
+    """Mean square of the network's noise estimate at evenly spaced timesteps from 0 to T - 1, which
+    the `analytic` sampler needs; `python -m unclip.training.analytic` measures it."""
+
     def __post_init__(self) -> None:
+        if self.eps_power is not None and (
+            len(self.eps_power) < 2 or not all(0 <= power <= 1 for power in self.eps_power)
+        ):
+            raise ValueError(
+                "diffusion.eps_power must be two or more numbers from 0 to 1; got "
+                f"{list(self.eps_power)}: measure it, or use null"
+            )
         _check_choice("diffusion.beta_schedule", self.beta_schedule, get_args(BetaSchedule))
         _check_choice("diffusion.prediction_type", self.prediction_type, get_args(PredictionType))
         _check_choice("diffusion.variance", self.variance, get_args(Variance))
@@ -127,6 +138,13 @@ def make_scheduler(
     if sampler != INVERSE:
         _check_choice("sampler", sampler, SAMPLERS)
     scheduler_class, options = _SCHEDULERS[sampler]
+    if sampler == "analytic":
+        if config.eps_power is None:
+            raise ValueError(
+                "sampler must not be 'analytic' for a model without diffusion.eps_power; got "
+                "null: measure it by python -m unclip.training.analytic, or use 'ddpm'"
+            )
+        config = replace(config, variance="learned_range")
     if scheduler_class is DDPMScheduler:
         options = options | {"variance_type": config.variance}
     num_steps = config.num_train_timesteps
@@ -199,6 +217,9 @@ _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     INVERSE: (DDIMInverseScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    # Euler's method on the probability flow in x / alpha is DDIM (Song et al. 2021, section 4.3).
+    "euler": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "analytic": (DDPMScheduler, {"clip_sample": False}),
     "dpm++": (
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},

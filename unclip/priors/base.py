@@ -246,21 +246,22 @@ class TransformerPrior(Prior):
     def _contexts(
         self, text: TextConditioning, empty: TextConditioning | None, options: PriorOptions
     ) -> tuple[Context, Context | None]:
-        """The contexts of R rows, with the caption and, where there is guidance, without."""
-        embed, num_candidates = text.text_embed, options.num_candidates
-        rows = torch.arange(len(embed), device=embed.device).repeat_interleave(num_candidates)
+        """The contexts of R rows, with the caption and, where there is guidance, without it or with
+        the negative one."""
+        num, device = len(text.text_embed), text.text_embed.device
+        rows = torch.arange(num, device=device).repeat_interleave(options.num_candidates)
 
         def repeated(context: Context) -> Context:
             return {name: None if part is None else part[rows] for name, part in context.items()}
 
-        null = None
-        if options.guidance_scale != 1:
-            dropped = torch.ones_like(embed[:, 0], dtype=torch.bool)
-            away = self.encode_context(text, dropped, empty)
-            if options.negative is not None:
-                away = self.encode_context(options.negative.rows(torch.zeros_like(dropped).long()))
-            null = repeated(away)
-        return repeated(self.encode_context(text)), null
+        context = repeated(self.encode_context(text))
+        if options.guidance_scale == 1:
+            return context, None
+        if options.negative is not None:
+            away = options.negative.rows(torch.zeros(num, dtype=torch.long, device=device))
+            return context, repeated(self.encode_context(away))
+        dropped = torch.ones(num, dtype=torch.bool, device=device)
+        return context, repeated(self.encode_context(text, dropped, empty))
 
 
 def best_candidate(image_embed: Tensor, text_embed: Tensor) -> Tensor:

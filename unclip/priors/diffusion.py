@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unclip.diffusion import SAMPLERS, DiffusionConfig, Network, sample, sampling_timesteps
+from unclip.diffusion import (
+    SAMPLERS,
+    DiffusionConfig,
+    Network,
+    make_scheduler,
+    sample,
+    sampling_timesteps,
+)
 from unclip.models import (
     Context,
     MultiQueryPrior,
@@ -74,7 +81,9 @@ class DiffusionPrior(TransformerPrior):
     def check_options(self, options: PriorOptions) -> None:
         """Raise ValueError for options that it cannot be sampled with."""
         super().check_options(options)
-        sampling_timesteps(self.config.diffusion, options.num_inference_steps)
+        config = self.config.diffusion
+        timesteps = sampling_timesteps(config, options.num_inference_steps)
+        make_scheduler(config, options.sampler or self.samplers[0], timesteps)
 
     def _draw(
         self,
