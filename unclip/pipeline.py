@@ -466,6 +466,7 @@ class UnCLIP:
                 self.prior.check_options(PriorOptions(**options.of_prior))
             except ValueError as error:
                 raise ValueError(_as_of_prior(error)) from error
+        stages: list[tuple[str, str, PictureStage]]
         stages = [("decoder_steps", "sampler", self.decoder)]
         stages += [("upsampler_steps", "upsampler_sampler", up) for up in self.upsamplers]
         for steps, sampler, stage in stages:
