@@ -225,6 +225,9 @@ class Prior(nn.Module, ABC):
 class TransformerPrior(Prior):
     """A prior whose network reads the whole caption."""
 
+    one_null: ClassVar[bool] = True
+    """Whether the context without a caption is the same whatever caption is left out."""
+
     def encode_context(
         self,
         text: TextConditioning,
@@ -251,17 +254,19 @@ class TransformerPrior(Prior):
         num, device = len(text.text_embed), text.text_embed.device
         rows = torch.arange(num, device=device).repeat_interleave(options.num_candidates)
 
-        def repeated(context: Context) -> Context:
+        def repeated(context: Context, rows: Tensor) -> Context:
             return {name: None if part is None else part[rows] for name, part in context.items()}
 
-        context = repeated(self.encode_context(text))
+        context = repeated(self.encode_context(text), rows)
         if options.guidance_scale == 1:
             return context, None
+        # What guidance leads away from is mostly one for all rows, and encoded once.
         if options.negative is not None:
-            away = options.negative.rows(torch.zeros(num, dtype=torch.long, device=device))
-            return context, repeated(self.encode_context(away))
-        dropped = torch.ones(num, dtype=torch.bool, device=device)
-        return context, repeated(self.encode_context(text, dropped, empty))
+            return context, repeated(self.encode_context(options.negative), torch.zeros_like(rows))
+        without = torch.arange(1 if self.one_null else num, device=device)
+        dropped = torch.ones_like(without, dtype=torch.bool)
+        away = self.encode_context(text.rows(without), dropped, empty)
+        return context, repeated(away, torch.zeros_like(rows) if self.one_null else rows)
 
 
 def best_candidate(image_embed: Tensor, text_embed: Tensor) -> Tensor:

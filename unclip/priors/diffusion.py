@@ -123,6 +123,7 @@ class MultiQueryDiffusionPrior(DiffusionPrior):
     config_class = MultiQueryDiffusionPriorConfig
     network_class = MultiQueryPrior
     config: MultiQueryDiffusionPriorConfig
+    one_null = False  # it keeps the length of the caption it stands for
 
     def _denoiser(self, callback: Callback | None) -> tuple[Network, Callback | None]:
         """With self-conditioning the callback hands each step's estimate of x_0 to the network's
