@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-from unclip.diffusion import NoiseSchedule
+from unclip.data.order import Integers
 from unclip.training import checkpoints
 from unclip.training.batches import GlobalBatches, loader
+from unclip.training.checkpoints import Checkpointer, Trained
+from unclip.training.ema import Average, WholeCopy, trained, whole
+from unclip.training.guard import Guard
+from unclip.training.noise import SampleGenerators, draw, sample_seed
+from unclip.training.parallel import agree, blocks, is_finite, make_accelerator, on_main, recompute
+from unclip.training.push import push_run
+from unclip.training.signals import EXIT_STOPPED, stop_requests
+from unclip.training.tracking import Meter, TrackerName, Tracking, offline_without_an_account
+from unclip.training.validation import Validation
 
 log = logging.getLogger(__name__)
+
+__all__ = ["FitConfig", "Objective", "draw", "fit", "learning_rate_factor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +71,45 @@ class FitConfig:
     channels_last: bool = False
     """Memory format of networks and pictures; faster for convolutions."""
     compile: bool = False
-    """Run the training step through torch.compile."""
+    """Compile the network's blocks, each on its own, by torch.compile."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass in place of keeping them: less
+    memory, a third more time."""
     num_workers: int = 1
     """Processes that fetch data, for each training process."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl and of the tracker."""
     sample_every: int = 1000
     """Steps between sample grids; 0 draws none."""
+    validate_every: int = 1000
+    """Steps between held-out losses, where there is held-out data; 0 measures none."""
+    val_samples: int = 128
+    """How many held-out samples."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept besides, for good; 0 keeps none."""
+    push_to: str | None = None
+    """Repository on the Hub, `org/name`, that the stage is pushed to with each checkpoint."""
+    max_bad_steps: int = 10
+    """Steps whose loss or gradient is not finite are left out; so many in a row end the run."""
+    tracker: TrackerName = "none"
     """Where Accelerate sends metrics besides metrics.jsonl; wandb is offline without an account."""
     seed: int = 0
     """Seed of initialisation, order, noise and dropout."""
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate")
-        for name in (*positive, "log_every", "checkpoint_every", "keep_checkpoints"):
+        often = ("log_every", "checkpoint_every", "keep_checkpoints", "val_samples")
+        for name in (*positive, *often, "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(
                     f"fit.{name} must be above 0; got {getattr(self, name)}: use 1 or more"
                 )
-        for name in ("warmup_steps", "weight_decay", "sample_every", "num_workers", "lr_floor"):
+        every = ("sample_every", "validate_every", "keep_every")
+        for name in ("warmup_steps", "weight_decay", *every, "num_workers", "lr_floor"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"fit.{name} must not be negative; got {getattr(self, name)}: use 0"
@@ -117,6 +141,11 @@ class Objective(nn.Module):
     def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """Loss of one micro-batch.
 
+        Args:
+            batch: as the data set's samples are, stacked or listed.
+            generator: of all that is random. What is drawn by `unclip.training.noise` is drawn for
+                each sample on its own, and so is the same on any number of processes.
+
         Returns:
             `loss` (scalar); optionally `per_sample` [B] and `timesteps` [B] in [0, 1], from which
             the loss by timestep quartile is logged; other scalars are logged as they are.
@@ -127,24 +156,18 @@ class Objective(nn.Module):
         """Pictures [B, 3, H, W] in [-1, 1] that show the state of training, or None."""
         return None
 
+    def metrics(self) -> dict[str, float]:
+        """What else to measure with each held-out loss, on the main process: name -> value."""
+        return {}
+
     def export(self, folder: Path) -> None:
         """Write the stage's folder from the weights as they are now."""
         raise NotImplementedError
 
-
-def draw(
-    x_0: Tensor, schedule: NoiseSchedule, generator: torch.Generator, shift: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Timesteps [B] and Gaussian noise of x_0's shape, both from `generator`.
-
-    Uniform u in [0, 1) is moved to shift u / (1 + (shift - 1) u) (Esser et al. 2024, equation 23):
-    1 leaves the timesteps uniform, above 1 the noisy ones are drawn more often.
-    """
-    u = torch.rand(len(x_0), generator=generator, device=x_0.device)
-    u = shift * u / (1 + (shift - 1) * u)
-    steps = schedule.config.num_train_timesteps
-    timesteps = (u * steps).long().clamp(max=steps - 1)
-    return timesteps, torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the modules that Accelerate shards one by one."""
+        return sorted({type(block).__name__ for block in blocks(self.network)})
 
 
 def learning_rate_factor(step: int, config: FitConfig) -> float:
@@ -158,46 +181,15 @@ def learning_rate_factor(step: int, config: FitConfig) -> float:
     return config.lr_floor + (1 - config.lr_floor) * cosine
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not frozen: what is optimised, averaged and checkpointed."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in trained(module) if p.ndim > 1]
-    vectors = [p for p in trained(module) if p.ndim <= 1]
-    return [
+    parameters = list(trained(module).values())
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-
-
-def _accelerator(config: FitConfig, run: Path) -> Accelerator:
-    if config.tracker == "wandb" and not (
-        os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
-    ):
-        os.environ.setdefault("WANDB_MODE", "offline")
-    accelerator = Accelerator(
-        # Unless told, Accelerate takes the processes of a machine without a GPU for strangers, each
-        # of which trains alone into the same folder.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(run),
-    )
-    if config.tracker != "none" and not accelerator.log_with:  # Accelerate would drop it silently
-        raise ValueError(
-            f"fit.tracker needs {config.tracker}, which is not installed: "
-            f"pip install {config.tracker}, or use none"
-        )
-    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
-    if launched_on_cpu and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
-        log.warning(
-            "accelerate launch --cpu starts one process, whatever --num_processes says; for N on "
-            "the CPU: CUDA_VISIBLE_DEVICES= accelerate launch --multi_gpu --num_processes N SCRIPT"
-        )
-    return accelerator
+    return [group for group in groups if group["params"]]
 
 
 def _micro_batch_size(config: FitConfig, num_processes: int) -> int:
@@ -211,43 +203,34 @@ def _micro_batch_size(config: FitConfig, num_processes: int) -> int:
     return config.batch_size // shares
 
 
-@contextmanager
-def averaged(ema: EMAModel | None, module: nn.Module) -> Iterator[None]:
-    """Within the block, `module` holds the averaged weights."""
-    if ema is None:
-        yield
-        return
-    ema.store(trained(module))
-    ema.copy_to(trained(module))
-    try:
-        yield
-    finally:
-        ema.restore(trained(module))
-
-
-class Meter:
-    """Means of logged values since the last line, and of the loss by timestep quartile."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def add(self, out: Mapping[str, Tensor]) -> None:
-        for name, value in out.items():
-            if value.ndim == 0:
-                self.sums[name] += value.item()
-                self.counts[name] += 1
-        if "timesteps" in out:
-            quartile = (out["timesteps"] * 4).long().clamp(max=3).tolist()
-            for q, value in zip(quartile, out["per_sample"].tolist(), strict=True):
-                self.sums[f"loss_q{q + 1}"] += value
-                self.counts[f"loss_q{q + 1}"] += 1
-
-    def read(self) -> dict[str, float]:
-        means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
-        self.sums.clear()
-        self.counts.clear()
-        return means
+def _prepare(
+    objective: Objective, config: FitConfig, accelerator: Accelerator
+) -> tuple[nn.Module, Any]:
+    """The objective and its optimizer as Accelerate runs them."""
+    objective.to(accelerator.device)
+    for helper in objective.frozen:
+        helper.to(accelerator.device)
+    if config.channels_last:
+        objective.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for block in blocks(objective.network):
+        if config.activation_checkpointing:
+            recompute(block)
+        if config.compile:
+            block.compile()
+    for name, parameter in trained(objective).items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"master weights must be fp32; got {parameter.dtype} for {name}: "
+                "load the model in fp32 and set fit.mixed_precision"
+            )
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(objective, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.adam_eps,
+        fused=True,
+    )
+    return accelerator.prepare(objective, optimizer)
 
 
 def fit(
@@ -259,13 +242,14 @@ def fit(
     resolved: Mapping[str, Any],
     fresh: bool = False,
     prepare_run: Callable[[Path], None] = lambda run: None,
+    validation: Dataset[Any] | None = None,
 ) -> None:
     """Train `objective` on `dataset`, into the folder `run`.
 
     The folder gets `config.yaml` before the first step, `metrics.jsonl`, sample grids under
     `samples/`, checkpoints (without what is frozen) under `checkpoints/`, and the stage itself
     (averaged weights) under the objective's name. Running the same command again goes on from the
-    last checkpoint.
+    last checkpoint, to the same weights as if it had never stopped.
 
     Args:
         objective: what to train.
@@ -276,131 +260,276 @@ def fit(
         resolved: the whole config in plain values, written into the folder.
         fresh: start over, discarding what an earlier run left in the folder.
         prepare_run: writes what else the folder needs before the first step.
+        validation: held-out samples of the same kind.
 
     Raises:
-        ValueError: the folder holds a run with another config, batch_size cannot be shared out, or
-            the tracker is not installed.
-        OSError: the folder cannot be written.
+        ValueError: the folder holds a run with another config, batch_size cannot be shared out, the
+            tracker is not installed, or too many steps in a row had no finite loss.
+        OSError: the folder cannot be written, or a data worker died.
+        SystemExit: with status `EXIT_STOPPED` after a signal (`unclip.training.signals`), once a
+            checkpoint of the step is written.
     """
-    accelerator = _accelerator(config, run)
-    micro_batch_size = _micro_batch_size(config, accelerator.num_processes)
-    if accelerator.is_main_process:
+    if config.tracker == "wandb":
+        offline_without_an_account()
+    accelerator = make_accelerator(
+        run, config.mixed_precision, config.gradient_accumulation_steps, config.tracker
+    )
+    _micro_batch_size(config, accelerator.num_processes)
+
+    def open_run() -> None:
         checkpoints.open_run(run, resolved, fresh)
         prepare_run(run)
-    accelerator.wait_for_everyone()
-    set_seed(config.seed + accelerator.process_index)
 
-    objective.to(accelerator.device)
-    for helper in objective.frozen:
-        helper.to(accelerator.device)
-    if config.channels_last:
-        objective.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(objective, config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.adam_eps,
-        fused=True,
-    )
-    ema = EMAModel(trained(objective), decay=config.ema_decay) if config.ema_decay > 0 else None
-    step_module, optimizer = accelerator.prepare(objective, optimizer)
-    if config.compile:
-        step_module = torch.compile(step_module)
-    if ema is not None:
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    parameters = trained(objective)
-    if len(parameters) < len(list(objective.parameters())):
-        accelerator.register_for_checkpointing(checkpoints.FrozenWeights(objective))
-    first_step = checkpoints.resume(accelerator, run)
-    if config.tracker != "none":
-        accelerator.init_trackers(
-            "unclip",
-            config=_flat(resolved),
-            init_kwargs={"wandb": {"dir": str(run), "name": run.name}},
+    on_main(accelerator, open_run)
+    training = _Training(accelerator, objective, dataset, config, run, resolved)
+    if validation is not None and config.validate_every:
+        training.held_out = Validation(validation, config.val_samples, training.micro_batch_size)
+    with stop_requests() as request, training:
+        data = iter(loader(dataset, training.batches, config.num_workers))
+        while training.step < config.max_steps:
+            training.take_step(data)
+            stop, failed = agree(
+                accelerator, request.received is not None, training.checkpointer.failed
+            )
+            done, last = training.step, training.step == config.max_steps
+            metrics: dict[str, float] = {}
+            if last or done % config.log_every == 0:
+                metrics |= training.means() | _skips(dataset, accelerator)
+            if training.held_out and (last or done % config.validate_every == 0):
+                metrics |= training.validate()
+            if metrics:
+                training.log(metrics)
+            if config.sample_every and (last or done % config.sample_every == 0):
+                training.preview()
+            # The checkpoint comes last: what fails before it, a resumed run does again.
+            if failed:
+                on_main(accelerator, training.checkpointer.wait)
+                raise SystemExit(2)
+            if last or stop or done % config.checkpoint_every == 0:
+                training.save()
+            if stop and not last:
+                training.checkpointer.wait()
+                _say_stopped(accelerator, request.received, done)
+                raise SystemExit(EXIT_STOPPED)
+        on_main(accelerator, training.checkpointer.wait)
+
+
+class _Training:
+    """What a step needs, from the run's newest checkpoint on.
+
+    Attributes:
+        step: optimizer steps that are done, those left out included.
+    """
+
+    held_out: Validation | None = None
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        dataset: Dataset[Any],
+        config: FitConfig,
+        run: Path,
+        resolved: Mapping[str, Any],
+    ) -> None:
+        self.accelerator = accelerator
+        self.objective = objective
+        self.config = config
+        self.run = run
+        self.micro_batch_size = _micro_batch_size(config, accelerator.num_processes)
+        self.copy = WholeCopy(objective, wanted=accelerator.is_main_process)
+        self.frozen = checkpoints.frozen_fingerprint(objective)
+        self.module, self.optimizer = _prepare(objective, config, accelerator)
+        self.average = Average(objective, config.ema_decay)
+        self.state = Trained(objective, self.optimizer.optimizer, self.average)
+        self.meter, self.guard = Meter(), Guard(config.max_bad_steps)
+        self.step = 0
+        self._resume(checkpoints.resume(accelerator, run, self.state, self.frozen))
+        self.batches = GlobalBatches(
+            dataset,
+            batch_size=config.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            first_batch=self.step,
+            seed=config.seed,
+        )
+        self.tracking = Tracking(accelerator, run, config.tracker, resolved)
+        self.checkpointer = Checkpointer(
+            accelerator, run, config.keep_checkpoints, config.keep_every
+        )
+        self.clock, self.seen = time.perf_counter(), 0
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=self.step,
+            desc=objective.stage,
+            unit="step",
+            disable=not accelerator.is_main_process,
         )
 
-    batches = GlobalBatches(
-        dataset,
-        batch_size=config.batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        first_batch=first_step,
-        seed=config.seed,
-    )
-    data = iter(loader(dataset, batches, config.num_workers))
-    meter, clock, seen = Meter(), time.perf_counter(), 0
-    bar = tqdm(
-        total=config.max_steps,
-        initial=first_step,
-        desc=objective.stage,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    for step in range(first_step, config.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-        # Noise, timesteps and dropped conditions of a step follow from (seed, step, rank) alone.
-        noise_seed = (config.seed * 1_000_003 + step) * 4099 + accelerator.process_index
-        generator = torch.Generator(accelerator.device).manual_seed(noise_seed)
-        for _ in range(config.gradient_accumulation_steps):
+    def _resume(self, progress: Mapping[str, Any]) -> None:
+        if not progress:
+            return
+        self.step = progress["step"]
+        self.average.steps = progress["averaged_steps"]
+        self.guard.skipped, self.guard.in_a_row = progress["bad_steps"]
+        if self.accelerator.is_main_process:  # the values of all processes
+            self.meter.values.update(progress["meter"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+
+    def __enter__(self) -> None:
+        self.module.train()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.bar.close()
+        self.checkpointer.close()
+        self.accelerator.end_training()
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise OSError(
+                f"a process that reads data died at step {self.step} ({str(error).split(': ')[0]}):"
+                " if memory ran out, lower fit.num_workers; the same command goes on from the last "
+                "checkpoint"
+            ) from error
+
+    def take_step(self, data: Iterator[dict[str, Any]]) -> None:
+        """One optimizer step, or none where the loss or its gradient is not finite."""
+        config, accelerator = self.config, self.accelerator
+        learning_rate = config.learning_rate * learning_rate_factor(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        done = []
+        for positions in self.batches.positions(self.step):
             batch = _to_device(next(data), accelerator.device, config.channels_last)
-            with accelerator.accumulate(step_module):
-                out = step_module(batch, generator)
+            with accelerator.accumulate(self.module), accelerator.autocast():
+                out = self.module(batch, self._randomness(positions))
                 accelerator.backward(out["loss"])
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    meter.add({"grad_norm": torch.as_tensor(norm)})
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.add({name: value.detach().float() for name, value in out.items()})
-        if ema is not None:
-            ema.step(parameters)
-        seen += config.batch_size
-        done = step + 1
-        bar.update()
-        last = done == config.max_steps
-        if done % config.log_every == 0 or last:
-            now = time.perf_counter()
-            metrics = meter.read() | {
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "samples": done * config.batch_size,
-                "samples_per_second": seen / (now - clock),
-            }
-            metrics |= _skips(dataset, accelerator)
-            clock, seen = now, 0
-            bar.set_postfix(
-                loss=f"{metrics['loss']:.4g}", pictures_s=f"{metrics['samples_per_second']:.0f}"
-            )
-            if accelerator.is_main_process:
-                with (run / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": done, **metrics}) + "\n")
-            accelerator.log(metrics, step=done)
-        if last or done % config.checkpoint_every == 0:
-            # The checkpoint comes last: what fails before it, a resumed run does again.
-            if accelerator.is_main_process:
-                with averaged(ema, objective):
-                    objective.export(run / objective.stage)
-            checkpoints.save(accelerator, run, done, config.keep_checkpoints)
-        if config.sample_every and (last or done % config.sample_every == 0):
-            if accelerator.is_main_process:
-                with averaged(ema, objective):
-                    _save_preview(objective, run / "samples" / f"step-{done:07d}.png")
-            accelerator.wait_for_everyone()
-            clock = time.perf_counter()
-    bar.close()
-    accelerator.end_training()
+            done.append((batch, {name: v.detach().float() for name, v in out.items()}))
+        norm = accelerator.clip_grad_norm_(self.average.parameters.values(), config.max_grad_norm)
+        norm = whole(norm)
+        finite = is_finite(*(out["loss"] for _, out in done))
+        # fp16's scaler looks for infinite gradients itself, and learns from them.
+        finite = finite and (accelerator.scaler is not None or is_finite(norm))
+        (bad,) = agree(accelerator, not finite)
+        if bad:
+            self.guard.skip(accelerator, self.step, done, norm)
+        else:
+            self.guard.passed()
+            self.optimizer.step()
+            if not self.optimizer.step_was_skipped:
+                self.average.step()
+            for _, out in done:
+                self.meter.add(out)
+            self.meter.add({"grad_norm": norm})
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.seen += config.batch_size
+        self.bar.update()
+
+    def _randomness(self, positions: Integers) -> SampleGenerators:
+        """Of a micro-batch: noise by the sample, dropout by the micro-batch, both functions of the
+        seed and of where in the sequence of samples they stand."""
+        seed, device = self.config.seed, self.accelerator.device
+        set_seed(sample_seed("dropout", seed, int(positions[0])))
+        seeds = [sample_seed("noise", seed, position) for position in positions.tolist()]
+        return SampleGenerators(seeds, device)
+
+    def means(self) -> dict[str, float]:
+        """What was measured since the last line."""
+        now = time.perf_counter()
+        metrics = self.meter.read() | {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": self.seen / (now - self.clock),
+        }
+        if self.guard.skipped:
+            metrics["bad_steps"] = self.guard.skipped
+        self.clock, self.seen = now, 0
+        self.bar.set_postfix(
+            loss=f"{metrics.get('loss', float('nan')):.4g}",
+            pictures_s=f"{metrics['samples_per_second']:.0f}",
+        )
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """The held-out loss of the averaged weights, and what else the objective measures."""
+        assert self.held_out is not None
+        to_device = partial(
+            _to_device,
+            device=self.accelerator.device,
+            channels_last=self.config.channels_last,
+        )
+        with self.average.in_place():
+            metrics = self.held_out.run(self.accelerator, self.module, to_device)
+        more: dict[str, float] = {}
+        with self._copy_on_device() as objective:
+            on_main(self.accelerator, lambda: more.update(objective.metrics()))
+        self.clock = time.perf_counter()
+        return metrics | {f"val/{name}": value for name, value in more.items()}
+
+    def preview(self) -> None:
+        """Draw the sample grid from the averaged weights."""
+        path = self.run / "samples" / f"step-{self.step:07d}.png"
+
+        def draw_grid() -> None:
+            with torch.no_grad():
+                pictures = objective.preview()
+            if pictures is None:
+                return
+            pictures = ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
+            path.parent.mkdir(exist_ok=True)
+            save_image(pictures, path, nrow=max(1, round(len(pictures) ** 0.5)))
+            self.tracking.log_images("samples", pictures, self.step)
+
+        with self._copy_on_device() as objective:
+            on_main(self.accelerator, draw_grid)
+        self.clock = time.perf_counter()
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write a line of `metrics.jsonl`."""
+        samples = self.step * self.config.batch_size
+        self.tracking.log({**metrics, "samples": samples}, self.step)
+
+    def save(self) -> None:
+        """Have a checkpoint and the stage's folder written while training goes on."""
+        self._take_copy()
+        scaler = self.accelerator.scaler
+        progress = {
+            "step": self.step,
+            "averaged_steps": self.average.steps,
+            "bad_steps": [self.guard.skipped, self.guard.in_a_row],
+            "meter": self.meter.gather(),
+            "frozen": self.frozen,
+            "num_processes": self.accelerator.num_processes,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        objective, folder, push = self.copy.module, self.run / self.objective.stage, None
+        if self.config.push_to is not None:
+            push = partial(push_run, self.run, self.objective.stage, self.config.push_to)
+        self.checkpointer.save(self.state, progress, lambda: objective.export(folder), push)
+
+    def _take_copy(self) -> None:
+        on_main(self.accelerator, self.checkpointer.wait)  # what is being written is read from it
+        self.copy.take(self.average, dict(self.objective.named_buffers()))
+
+    @contextmanager
+    def _copy_on_device(self) -> Iterator[Any]:
+        self._take_copy()
+        if self.copy.module is not None:
+            self.copy.module.to(self.accelerator.device)
+        yield self.copy.module
+        if self.copy.module is not None:
+            self.copy.module.cpu()
 
 
-def _save_preview(objective: Objective, path: Path) -> None:
-    objective.eval()
-    with torch.no_grad():
-        pictures = objective.preview()
-    objective.train()
-    if pictures is not None:
-        path.parent.mkdir(exist_ok=True)
-        save_image((pictures.float().cpu() + 1) / 2, path, nrow=max(1, round(len(pictures) ** 0.5)))
+def _say_stopped(accelerator: Accelerator, received: signal.Signals | None, step: int) -> None:
+    if accelerator.is_main_process:
+        name = "a signal to another process" if received is None else received.name
+        log.warning(
+            "stopped at step %d by %s; the same command goes on from there (exit status %d)",
+            step,
+            name,
+            EXIT_STOPPED,
+        )
 
 
 def _skips(dataset: Dataset[Any], accelerator: Accelerator) -> dict[str, float]:
@@ -422,14 +551,3 @@ def _to_device(batch: dict[str, Any], device: torch.device, channels_last: bool)
                 value = value.to(memory_format=torch.channels_last)
         moved[name] = value
     return moved
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level with dotted names, each a type every tracker takes."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str)) else str(value)
-    return flat
