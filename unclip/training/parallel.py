@@ -26,6 +26,12 @@ def make_accelerator(
     Raises:
         ValueError: they were started for a kind of sharding that `fit` has no checkpoints for.
     """
+    if _asked_for("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "distributed_type must be NO, MULTI_GPU or FSDP; got DEEPSPEED, whose optimizer steps "
+            "within the backward pass, out of reach of fit's guards, averages and checkpoints: "
+            "take configs/accelerate/fsdp2.yaml, which shards the same things"
+        )
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         # Unless told, Accelerate takes the processes of a machine without a GPU for strangers, each
@@ -40,14 +46,16 @@ def make_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=None if tracker == "none" else tracker,
         project_dir=str(run),
-        step_scheduler_with_optimizer=False,
     )
-    kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "fsdp_version must be 2; got 1, whose shards fit has no checkpoints for: take "
-            "configs/accelerate/fsdp2.yaml"
-        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "fsdp_version must be 2; got 1, whose shards fit has no checkpoints for: take "
+                "configs/accelerate/fsdp2.yaml"
+            )
+        # Autocast chooses what runs in bf16, as it does unsharded. FSDP's own policy would round
+        # all that enters the objective: pictures, noise and the loss with its bound.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
     if launched_on_cpu and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
         log.warning(

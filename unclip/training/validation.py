@@ -82,7 +82,7 @@ class Validation:
             indices = share or [0]
             seeds = [sample_seed("validation", 0, index) for index in indices]
             generator = SampleGenerators(seeds, accelerator.device)
-            with accelerator.autocast():
+            with accelerator.autocast():  # which Accelerate leaves out where it shards
                 out = module(to_device(self._batch(indices)), generator)
             if share:
                 meter.add({name: value.float() for name, value in out.items()}, len(share))
