@@ -72,11 +72,12 @@ def consolidate(run: Path, out: Path, step: int | None = None, weights: str = "e
 
 
 def _copy_config(run: Path, out: Path, temporary: Path) -> None:
-    """The run's `unclip.yaml`, with what it names beside the run as seen from `out`."""
+    """The run's `unclip.yaml`, with the folders that it names beside the run as seen from `out`."""
     values = yaml.safe_load((run / RUN_CONFIG).read_text())
-    for key in ("base", "clip"):
-        if isinstance(values.get(key), str) and (run / values[key]).exists():
-            values[key] = os.path.relpath(run / values[key], out)
+    for named, key in ((values, "base"), (values["stages"], "clip")):
+        name = named.get(key)
+        if name is not None and (run / name).exists():
+            named[key] = Path(os.path.relpath((run / name).resolve(), out.resolve())).as_posix()
     (temporary / RUN_CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
 
 

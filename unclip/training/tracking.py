@@ -94,6 +94,9 @@ class Tracking:
                 " ".join(str(error).split()),
                 run / "wandb" / "offline-run-*",
             )
+            import wandb
+
+            wandb.teardown()  # or it takes the run for one that is still on its way
             os.environ["WANDB_MODE"] = "offline"
             options["wandb"]["mode"] = "offline"
             accelerator.init_trackers("unclip", _flat(resolved), options)
