@@ -80,7 +80,7 @@ class Processes:
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 300) -> list[int | None]:
         """Exit statuses; what still runs after so long is killed, and its status is -9."""
         until = time.monotonic() + seconds
         for process in self.processes:

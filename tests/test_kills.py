@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import FSDP2, Processes, run
+from processes import FSDP2, Processes
 from safetensors.torch import load_file
 from test_clip import SIZES
 from test_training import STAGES
@@ -22,7 +22,7 @@ from unclip.training.clip import main as train_clip
 pytestmark = pytest.mark.filterwarnings("ignore:the caption has more than 20 tokens")
 
 FIT = """
-fit: {batch_size: 4, learning_rate: 0.001, warmup_steps: 5, log_every: 3, checkpoint_every: 2,
+fit: {batch_size: 4, learning_rate: 0.001, warmup_steps: 5, log_every: 3, checkpoint_every: 1,
       num_workers: 0, sample_every: 0, validate_every: 0, seed: 3}
 """
 CLIP = (train_clip, "")
@@ -33,6 +33,7 @@ def command(
 ) -> tuple[Callable[..., Any], list[str]]:
     main, recipe = CLIP if stage == "clip" else STAGES[stage]
     path = folder / f"{stage}.yaml"
+    recipe = recipe.replace("image_size: 64, patch_size: 4", "image_size: 16, patch_size: 2")
     base = "" if stage == "clip" else f"base: {tiny_model}\n"
     path.write_text(base + recipe + FIT)
     words = ["--config", str(path), "--run", str(folder / name), "--max-steps", str(steps)]
@@ -80,11 +81,11 @@ def disturbed(
         before = step_of(folder)
         processes = Processes(2, main, [words], folder.parent / "logs", **environment)
         if number == kills:
-            assert processes.wait(300) == [0, 0], processes.said()
+            assert processes.wait(900) == [0, 0], processes.said()
         else:
             # Before the first step, or some steps and a moment after the checkpoint it began at.
             ahead = chance.choice([0, 0, 1, 2])
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while ahead and step_of(folder) < before + ahead and processes.alive:
                 assert time.monotonic() < until, processes.said()
                 time.sleep(0.02)
@@ -120,16 +121,17 @@ def disturbed(
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened(
     stage: str, kills: int, environment: dict[str, str], tmp_path: Path, tiny_model: Path
 ) -> None:
-    steps = 2 * kills + 10
+    steps = kills + 12
     main, words = command(stage, steps, tmp_path, tiny_model, "calm")
-    run(2, main, [words], tmp_path / "logs", **environment)
+    calm = Processes(2, main, [words], tmp_path / "logs", **environment)
+    assert calm.wait(900) == [0, 0], calm.said()
     main, words = command(stage, steps, tmp_path, tiny_model, "killed")
     told = disturbed(main, words, tmp_path / "killed", kills, environment, random.Random(kills))
     print("\n".join(told))
     assert len(told) == kills + 1
     assert sum("resumed" in line for line in told) > kills // 4
-    calm, killed = (result(tmp_path / name, stage) for name in ("calm", "killed"))
-    assert calm.keys() == killed.keys()
-    for name, tensor in calm.items():
+    straight, killed = (result(tmp_path / name, stage) for name in ("calm", "killed"))
+    assert straight.keys() == killed.keys()
+    for name, tensor in straight.items():
         assert torch.equal(killed[name], tensor), name
     assert trace(tmp_path / "killed") == trace(tmp_path / "calm")

@@ -238,16 +238,22 @@ def launch(options: list[str], script: str, arguments: list[str]) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_two_processes_train_together(stage: str, tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("stage", "way"), [("decoder", "ddp"), ("prior", "fsdp2")])
+def test_two_processes_train_together(
+    stage: str, way: str, tmp_path: Path, tiny_model: Path
+) -> None:
     config = [*words(stage, tmp_path, tiny_model), "--max-steps", "2"]
-    launch(["--multi_gpu", "--main_process_port", "0"], f"train_{stage}.py", config)
+    options = ["--config_file", str(ROOT / f"configs/accelerate/{way}.yaml")]
+    options += ["--main_process_port", "0", "--mixed_precision", "no"]
+    launch(options, f"train_{stage}.py", config)
     run = tmp_path / "run"
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["samples"] == 8
     assert (run / stage / "model.safetensors").is_file()
     progress = json.loads((run / "checkpoints/step-0000002/progress.json").read_text())
     assert progress["num_processes"] == 2
+    shards = sorted((run / "checkpoints/step-0000002").glob("*.distcp"))
+    assert [shard.name for shard in shards] == ["__0_0.distcp", "__1_0.distcp"]
 
 
 def test_accelerate_launch_on_the_cpu_says_that_it_starts_one(

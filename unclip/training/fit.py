@@ -116,6 +116,10 @@ class FitConfig:
                 )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"fit.ema_decay must lie in [0, 1); got {self.ema_decay}: use 0.999")
+        if self.push_to is not None and self.push_to.count("/") != 1:
+            raise ValueError(
+                f"fit.push_to must be org/name; got {self.push_to!r}: name a repository on the Hub"
+            )
         if self.max_grad_norm <= 0:
             raise ValueError(
                 f"fit.max_grad_norm must be above 0; got {self.max_grad_norm}: use 1.0, or 1e9 to "
