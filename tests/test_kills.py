@@ -110,7 +110,6 @@ def disturbed(
     ("stage", "kills", "environment"),
     [
         ("prior", 5, {}),
-        ("prior", 2, FSDP2),
         *(
             pytest.param(stage, 50, {}, marks=pytest.mark.slow)
             for stage in ("prior", "decoder", "upsampler", "clip")

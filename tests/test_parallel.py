@@ -134,7 +134,7 @@ def sharded_state(argv: list[str], told: Path) -> None:
     """Train sharded in bf16, and tell how weights, averages and optimizer are kept."""
     from torch.distributed.tensor import DTensor
 
-    import unclip.training.fit as module
+    import unclip.training.state as module
 
     kept: list[Any] = []
     made = module.Trained
@@ -291,6 +291,9 @@ def test_compiled_blocks_train_alike(tmp_path: Path, tiny_model: Path) -> None:
     torch.testing.assert_close(torch.tensor(fast), torch.tensor(plain), atol=1e-4, rtol=1e-4)
 
 
+SMALL = "image_size: 16, patch_size: 2"
+
+
 def test_averages_dropout_and_learned_variance_in_bf16(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,7 +313,7 @@ def test_averages_dropout_and_learned_variance_in_bf16(
 
     monkeypatch.setattr(NoiseSchedule, "vlb", watched_bound)
     monkeypatch.setattr(NoiseSchedule, "split_output", watched_split)
-    values = yaml.safe_load(DECODER)
+    values = yaml.safe_load(DECODER.replace("image_size: 64, patch_size: 4", SMALL))
     values["decoder"]["diffusion"] = {"variance": "learned_range", "prediction_type": "eps"}
     values["decoder"]["network"]["learned_variance"] = True
     values["decoder"]["network"]["unet"] |= {"out_channels": 6, "dropout": 0.1}
