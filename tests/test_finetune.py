@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from conftest import liven, write_tiny_clip
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from unclip.models import PriorTransformer
 from unclip.pipeline import UnCLIP
 from unclip.priors import DiffusionPriorConfig
 from unclip.stages import UpsamplerStage
+from unclip.training.checkpoints import read_weights, seal
 from unclip.training.finetune import RUNS_OWN, start_from
 
 pytestmark = pytest.mark.filterwarnings("ignore:the caption has more than")
@@ -226,7 +228,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_run_resumes_exactly(
         if not run.exists():
             train(stage, tmp_path, "halves", *flags, "--max-steps", "2")
             train(stage, tmp_path, "halves", *flags)
-        state = load_file(run / "checkpoints/step-0000004/model.safetensors")
+        state = read_weights(run / "checkpoints/step-0000004")
         assert set(state) == {f"network.{name}" for name in chosen} | buffers
     halves = load_file(tmp_path / "halves" / stage / "model.safetensors")
     assert all(torch.equal(halves[name], after[name]) for name in after)
@@ -237,16 +239,31 @@ def test_a_checkpoint_that_lacks_what_is_trained_is_refused(
 ) -> None:
     flags = ["--init", str(tiny_model), "--freeze", "blocks.0"]
     run = train("prior", tmp_path, "run", *flags, "--max-steps", "2")
-    path = run / "checkpoints/step-0000002/model.safetensors"
-    state = load_file(path)
-    save_file({k: v for k, v in state.items() if "blocks.1.qkv" not in k}, path)
+    folder = run / "checkpoints/step-0000002"
+    state = read_weights(folder)
+    rewrite(folder, {k: v for k, v in state.items() if "blocks.1.qkv" not in k})
     with pytest.raises(SystemExit):
         train("prior", tmp_path, "run", *flags)
-    assert "step-0000002 lacks network.network.blocks.1.qkv.bias" in capsys.readouterr().err
-    save_file({**state, "network.network.other": torch.ones(1)}, path)
+    assert "step-0000002 lacks model.network.network.blocks.1.qkv.bias" in capsys.readouterr().err
+    rewrite(folder, {**state, "network.network.other": torch.ones(1)})
     with pytest.raises(SystemExit):
         train("prior", tmp_path, "run", *flags)
-    assert "has no place for network.network.other" in capsys.readouterr().err
+    assert "has no place for model.network.network.other" in capsys.readouterr().err
+    name = "network.network.blocks.1.qkv.bias"
+    rewrite(folder, {**state, name: state[name][1:]})
+    with pytest.raises(SystemExit):
+        train("prior", tmp_path, "run", *flags)
+    error = capsys.readouterr().err
+    assert f"has other shapes: model.{name} [95] there, [96] here" in error
+    assert "--fresh" in error
+
+
+def rewrite(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Give a checkpoint other weights, and the sums that say that all is well."""
+    state = {"model": weights, "ema": read_weights(folder, "ema")}
+    (folder / "SHA256SUMS").unlink()
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    seal(folder)
 
 
 def test_a_run_does_not_go_on_from_another_init(
@@ -294,14 +311,15 @@ def test_an_adapter_is_saved_apart_resumes_exactly_and_merges(
     values = yaml.safe_load((run / "unclip.yaml").read_text())
     name = {"upsampler": "upsampler_64"}.get(stage, stage)
     assert (values["base"], values["lora"], values["stages"]) == ("../model", {name: "lora"}, {})
-    state = load_file(run / "checkpoints/step-0000004/model.safetensors")
+    state = read_weights(run / "checkpoints/step-0000004")
     assert all("lora_" in key or key in ("network.mean", "network.std") for key in state)
     assert stage == "prior" or (run / "samples/step-0000004.png").is_file()
 
     train(stage, tmp_path, "halves", *flags, "--max-steps", "2")
     halves = train(stage, tmp_path, "halves", *flags)
-    for file in ("lora/adapter_model.safetensors", "checkpoints/step-0000004/model.safetensors"):
-        resumed, straight = load_file(halves / file), load_file(run / file)
+    adapter, checkpoint = Path("lora/adapter_model.safetensors"), Path("checkpoints/step-0000004")
+    for read, file in ((load_file, adapter), (read_weights, checkpoint)):
+        resumed, straight = read(halves / file), read(run / file)
         assert resumed.keys() == straight.keys()
         assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 

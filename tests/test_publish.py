@@ -12,12 +12,14 @@ from test_dalle2_pytorch import recorded
 from test_dalle2_pytorch import write as write_dalle2_pytorch
 from test_glide import folder as glide_files  # noqa: F401
 from test_glide import vocabulary  # noqa: F401
+from test_training import words
 from torchvision.utils import save_image
 
 from unclip.hub import load_stages, publish, resolve
 from unclip.hub.__main__ import main as hub_main
 from unclip.hub.publish import write_repository
 from unclip.pipeline import UnCLIP
+from unclip.training.prior import main as train_prior
 
 
 @pytest.fixture
@@ -178,3 +180,41 @@ def test_a_hub_that_does_not_answer_is_said(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="the Hub cannot be reached"):
         publish(load_stages(tiny_model), "org/tiny")
+
+
+# ---------------------------------------------------------------------------- while a run trains
+
+
+def test_a_run_pushes_its_stage_with_each_checkpoint(
+    hub: LoopbackHub, tiny_model: Path, tmp_path: Path
+) -> None:
+    argv = words("prior", tmp_path, tiny_model)
+    train_prior([*argv, "--push-to", "org/run"])
+    assert hub.commits == 2
+    files = hub.files["org/run"]
+    assert {"prior/config.yaml", "unclip.yaml", "config.yaml", "metrics.jsonl"} <= files.keys()
+    assert not any(name.startswith("checkpoints") for name in files)
+    exported = (tmp_path / "run/prior/model.safetensors").read_bytes()
+    assert files["prior/model.safetensors"] == exported
+
+
+def test_a_push_that_fails_is_a_warning(
+    hub: LoopbackHub,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    train_prior([*words("prior", tmp_path, tiny_model), "--push-to", "org/run"])
+    assert "is not on the Hub: org/run cannot be written" in caplog.text
+    assert (tmp_path / "run/checkpoints/step-0000004").is_dir()
+
+
+def test_where_to_push_is_looked_at_before_training(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_prior([*words("prior", tmp_path, tiny_model), "--push-to", "nowhere"])
+    assert "push_to must be org/name; got 'nowhere'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

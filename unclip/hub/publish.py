@@ -84,12 +84,7 @@ def publish(
         PermissionError: the token may not write there, or there is none.
         ConnectionError: the Hub cannot be reached.
     """
-    try:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it has no '/'")
-    except HFValidationError as error:
-        raise ValueError(f"repo_id must be org/name; got {repo_id!r}: {error}") from error
+    check_repo_id(repo_id)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         write_repository(
@@ -102,18 +97,56 @@ def publish(
             captions=captions,
             dtype=dtype,
         )
-        api = HfApi(token=token)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise PermissionError(
-                f"{repo_id} cannot be written ({reason}): log in with `hf auth login` as someone "
-                "who may, or pass a token that may"
-            ) from error
-        except Exception as error:  # the client's transport has errors of its own
-            raise ConnectionError(f"the Hub cannot be reached ({error}): try again") from error
+        return upload(folder, repo_id, private=private, message=message, token=token)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless it is `org/name`."""
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("it has no '/'")
+    except HFValidationError as error:
+        raise ValueError(f"repo_id must be org/name; got {repo_id!r}: {error}") from error
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str,
+    allow_patterns: Sequence[str] | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a folder on the Hub in one commit and return the commit's address.
+
+    Args:
+        folder: what to put there.
+        repo_id, private, message, token: as `publish` has them.
+        allow_patterns: which of its files; None is all.
+
+    Raises:
+        ValueError, PermissionError, ConnectionError: as `publish` does.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PermissionError(
+            f"{repo_id} cannot be written ({reason}): log in with `hf auth login` as someone "
+            "who may, or pass a token that may"
+        ) from error
+    except Exception as error:  # the client's transport has errors of its own
+        raise ConnectionError(f"the Hub cannot be reached ({error}): try again") from error
     return str(commit.commit_url)
 
 

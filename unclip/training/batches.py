@@ -78,9 +78,13 @@ class GlobalBatches(Sampler[list[Index]]):
             return index.tolist()
         return list(zip(index.tolist(), epoch.tolist(), strict=True))
 
-    def __iter__(self) -> Iterator[list[Index]]:
+    def positions(self, batch: int) -> Integers:
+        """Where in the sequence stand this process's samples of global batch number `batch`,
+        [accumulation steps, micro-batch]."""
         rows = np.arange(self.batch_size).reshape(-1, self.micro_batch_size, self.num_processes)
-        own = rows[:, :, self.rank]  # [accumulation steps, micro-batch]
+        return batch * self.batch_size + rows[:, :, self.rank]
+
+    def __iter__(self) -> Iterator[list[Index]]:
         fetched = self.first_batch * self.batch_size
         threads = ThreadPoolExecutor(FETCHING)
         try:
@@ -91,8 +95,8 @@ class GlobalBatches(Sampler[list[Index]]):
                     end = now + self._ahead
                     self._fetch(np.arange(fetched + self.rank, end, self.num_processes), threads)
                     fetched = end
-                for step in own:
-                    yield self._indices(now + step)
+                for positions in self.positions(batch):
+                    yield self._indices(positions)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

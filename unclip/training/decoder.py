@@ -42,6 +42,8 @@ from unclip.training.finetune import (
     warn_of_differences,
 )
 from unclip.training.fit import FitConfig, Objective, draw, fit
+from unclip.training.noise import each, normal, uniform
+from unclip.training.validation import held_out_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,9 @@ class TrainDecoderConfig:
     """Train a low-rank adapter of the init's stage instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures; an upsampler's are its large size, with `crop_size` a fourth (paper)."""
+    val_data: str | None = None
+    """Held-out pictures, read as `source` says; None is the shapes world's held-out split where
+    that is trained on, else none."""
     decoder: DecoderStageConfig | None = None
     """Network and diffusion of a decoder; the CLIP's widths are filled in."""
     upsampler: UpsamplerStageConfig | None = None
@@ -162,7 +167,7 @@ class DecoderObjective(Objective):
             rows = torch.arange(len(x_0), device=x_0.device).repeat(self.noise_draws)
             x_0, image_embed, text = x_0[rows], image_embed[rows], text.rows(rows)
         timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
-        dropped = torch.rand(2, len(x_0), generator=generator, device=x_0.device)
+        dropped = uniform(generator, len(x_0), 2, device=x_0.device).T
         network = decoder.config.network
         context = decoder.encode_context(
             image_embed,
@@ -223,11 +228,11 @@ class UpsamplerObjective(Objective):
         """Loss of B crops."""
         x_0, network = batch["image"], self.network.network
         timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
-        low_res = degrade(self._low_res(x_0), self.degradation, generator)
+        low_res = degrade(self._low_res(x_0), self.degradation, each(generator, len(x_0)))
         level = None
         if network.config.noise_conditioning:
-            level = self.noise_level * torch.rand(len(x_0), generator=generator, device=x_0.device)
-            grain = torch.randn(low_res.shape, generator=generator, device=x_0.device)
+            level = self.noise_level * uniform(generator, len(x_0), device=x_0.device)
+            grain = normal(generator, *low_res.shape, device=x_0.device)
             low_res = low_res + level.view(-1, 1, 1, 1) * grain
         context = network.encode_context(low_res=low_res, noise_level=level)
         x_t = self.schedule.add_noise(x_0, noise, timesteps)
@@ -283,11 +288,11 @@ class GlideObjective(Objective):
         x_0, network = self._pictures(batch["image"]), self.network.network
         timesteps, noise = draw(x_0, self.schedule, generator, self.timestep_shift)
         tokens, token_mask = self.network.tokenize(batch["caption"])
-        dropped = torch.rand(len(x_0), generator=generator, device=x_0.device)
+        dropped = uniform(generator, len(x_0), device=x_0.device)
         shown: dict[str, Tensor] = {}
         if network.config.scale is not None:
             low_res = downsample(x_0, network.config.scale)
-            shown["low_res"] = degrade(low_res, self.degradation, generator)
+            shown["low_res"] = degrade(low_res, self.degradation, each(generator, len(x_0)))
         if network.config.inpainting:
             shown |= {"image": x_0, "keep": _outside_a_box(x_0, generator)}
         context = network.encode_context(
@@ -326,7 +331,7 @@ def _outside_a_box(x_0: Tensor, generator: torch.Generator) -> Tensor:
     paint."""
 
     def between(length: int) -> Tensor:
-        ends = torch.rand(len(x_0), 2, generator=generator, device=x_0.device) * length
+        ends = uniform(generator, len(x_0), 2, device=x_0.device) * length
         places = torch.arange(length, device=x_0.device)
         return (places >= ends.amin(1)[:, None]) & (places <= ends.amax(1)[:, None])
 
@@ -444,4 +449,5 @@ def train(config: TrainDecoderConfig) -> None:
         resolved={**to_dict(config), section: to_dict(stage.config)},
         fresh=config.fresh,
         prepare_run=prepare_run,
+        validation=held_out_data(config.source, config.val_data),
     )

@@ -20,6 +20,7 @@ from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.oracle import GRID, SIDE, SIZES, Oracle, OracleConfig, cell_centres
 from unclip.data.shapes import COLOURS, SHAPES, Scene, ShapesConfig, draw_scene, render
 from unclip.training.fit import FitConfig, Objective, fit
+from unclip.training.noise import normal, uniform
 
 MAX_OBJECTS = 3
 
@@ -118,12 +119,12 @@ def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     batch, device = len(images), images.device
 
     def strength(channels: int = 1) -> Tensor:  # [B, channels, 1, 1], 0 for every second picture
-        on = torch.rand((batch, 1, 1, 1), generator=generator, device=device) < 0.5
-        return on * torch.rand((batch, channels, 1, 1), generator=generator, device=device)
+        on = uniform(generator, batch, 1, 1, 1, device=device) < 0.5
+        return on * uniform(generator, batch, channels, 1, 1, device=device)
 
     def signed(channels: int = 1) -> Tensor:
-        sign = torch.randint(2, (batch, channels, 1, 1), generator=generator, device=device)
-        return strength(channels) * (2 * sign - 1)
+        sign = uniform(generator, batch, channels, 1, 1, device=device) < 0.5
+        return strength(channels) * torch.where(sign, -1.0, 1.0)
 
     line = images.new_tensor([1, 4, 6, 4, 1]) / 16
     kernel = torch.outer(line, line).expand(3, 1, 5, 5)
@@ -131,7 +132,7 @@ def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     images = images + config.blur * strength() * (blurred - images)
     images = images * (1 + config.contrast * signed())
     images = images + config.brightness * (signed() + 0.5 * signed(3))
-    white = torch.randn(images.shape, generator=generator, device=device)
+    white = normal(generator, *images.shape, device=device)
     return images + config.noise * strength() * white
 
 

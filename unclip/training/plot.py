@@ -6,9 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
+from unclip.config import one_line_errors
+
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; where a resumed run repeats a step, the later line.
+    """The lines of a run's metrics.jsonl, in the order of their steps; where a resumed run repeats
+    a step, the later line.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -21,7 +24,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def plot(runs: list[Path], metric: str, out: Path) -> None:
-    """Write a picture of `metric` against samples seen, one curve a run, on logarithmic axes."""
+    """Write a picture of `metric` against samples seen, one curve a run, on logarithmic axes; the
+    same on held-out data is dashed.
+
+    Raises:
+        ValueError: no run has such a metric.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,8 +37,18 @@ def plot(runs: list[Path], metric: str, out: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for run in runs:
-        metrics = [line for line in read_metrics(run) if metric in line]
-        axes.plot([m["samples"] for m in metrics], [m[metric] for m in metrics], label=run.name)
+        lines, colour = read_metrics(run), None
+        for name, style, told in ((metric, "-", ""), (f"val/{metric}", "--", ", held out")):
+            points = [(line["samples"], line[name]) for line in lines if name in line]
+            if points:
+                label = f"{run.name}{told}"
+                (drawn,) = axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+                colour = drawn.get_color()
+    if not axes.lines:
+        known = sorted({name for run in runs for line in read_metrics(run) for name in line})
+        raise ValueError(
+            f"metric must be one that a run has; got {metric}: choose one of {', '.join(known)}"
+        )
     axes.set(xlabel="samples seen", ylabel=metric, xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, not over them
@@ -46,7 +64,8 @@ def main() -> None:
     parser.add_argument("--metric", default="loss", help="a key of metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("loss.png"))
     arguments = parser.parse_args()
-    plot(arguments.runs, arguments.metric, arguments.out)
+    with one_line_errors():
+        plot(arguments.runs, arguments.metric, arguments.out)
 
 
 if __name__ == "__main__":

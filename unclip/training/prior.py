@@ -43,6 +43,7 @@ from unclip.training.finetune import (
 )
 from unclip.training.fit import FitConfig, fit
 from unclip.training.prior_objectives import OBJECTIVES
+from unclip.training.validation import held_out_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,9 @@ class TrainPriorConfig:
     """Train a low-rank adapter of the init's prior instead; it lands in the sub-folder `lora`."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Captioned pictures, or a folder of embeddings that `unclip.embed` or clip-retrieval wrote."""
+    val_data: str | None = None
+    """Held-out pictures or embeddings, read as `source` says; None is the shapes world's held-out
+    split where that is trained on, else none."""
     prior: DiffusionPriorConfig | None = None
     """A diffusion prior's network and diffusion, which is what is trained unless one of the next
     four is set. The widths of embeddings and encodings are taken from the CLIP."""
@@ -255,4 +259,5 @@ def train(config: TrainPriorConfig) -> None:
         resolved=resolved,
         fresh=config.fresh,
         prepare_run=lambda run: prepare_run(run, objective.stage),
+        validation=held_out_data(config.source, config.val_data),
     )

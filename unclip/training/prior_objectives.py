@@ -29,6 +29,7 @@ from unclip.priors import (
 )
 from unclip.training.finetune import save_trained
 from unclip.training.fit import Objective, draw
+from unclip.training.noise import normal, uniform
 
 
 class PriorObjective(Objective):
@@ -52,7 +53,7 @@ class PriorObjective(Objective):
         else:
             image_embed = clip.encode_image(batch["image"])
         text = clip.encode_text(batch["caption"]).trimmed()
-        chances = torch.rand(len(image_embed), generator=generator, device=image_embed.device)
+        chances = uniform(generator, len(image_embed), device=image_embed.device)
         dropped = chances < network.text_drop_prob
         empty = clip.null_text(network.null_text)
         context = self.network.encode_context(text, dropped, empty)
@@ -135,8 +136,8 @@ class FlowPriorObjective(PriorObjective):
     ) -> dict[str, Tensor]:
         """The velocity's error."""
         x_0 = self.network.normalize(image_embed)
-        u = torch.rand(len(x_0), generator=generator, device=x_0.device)
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        u = uniform(generator, len(x_0), device=x_0.device)
+        noise = normal(generator, *x_0.shape, device=x_0.device)
         t = flow_times(self.network.config.flow, u)
         x_t, v = flow_path(x_0, noise, t)
         predicted = self.network.network(x_t, TIME_SCALE * t, context).float()
@@ -166,7 +167,7 @@ class OneStepPriorObjective(PriorObjective):
         """Both losses; rows without a caption have no part in the second."""
         config = self.network.config
         x_0 = self.network.normalize(image_embed)
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        noise = normal(generator, *x_0.shape, device=x_0.device)
         timesteps = torch.zeros(len(x_0), dtype=torch.long, device=x_0.device)
         predicted = self.network.network(noise, timesteps, context).float()
         mse = (predicted - x_0).square().mean()
