@@ -1,12 +1,12 @@
-"""The pictures of docs/edits.md: `python docs/gallery.py` draws them all with the shipped model.
+"""The pictures of docs/edits.md: `python docs/gallery.py` draws them all with the shipped model,
+`python docs/gallery.py inpainting pca` some of them.
 
-Each manipulation once or twice on pictures of held-out scenes, by the same calls that the page
-shows; another model's by `python docs/gallery.py MODEL`.
+Each manipulation on pictures of held-out scenes, by the same calls that the page shows.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,38 +41,36 @@ SCENES = {
     "triangle": 16,
 }
 """Rows of the held-out world."""
-STEPS: dict[str, Any] = {"decoder_steps": 30, "progress": False}
+STEPS: dict[str, Any] = {"decoder_steps": 25, "upsampler_steps": 8, "progress": False}
+FRAMES = 7
 THUMB = 128
 
 
 def main() -> None:
-    """Draw every picture of the page."""
+    """Draw the pictures of the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", default="shapes", help="shipped name, folder or org/name")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"PART must be among {', '.join(PARTS)}; got {', '.join(unknown)}")
     IMAGES.mkdir(parents=True, exist_ok=True)
-    model = UnCLIP.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "shapes")
+    model = UnCLIP.from_pretrained(args.model)
     world = ShapesDataset(ShapesConfig(split="held_out", image_size=256))
     scenes: dict[str, Tensor] = {name: world[row]["image"] for name, row in SCENES.items()}  # type: ignore[misc]
-    for draw in (
-        draw_variations,
-        draw_inversions,
-        draw_interpolations,
-        draw_text_diffs,
-        draw_components,
-        draw_inpainting,
-        draw_upscaling,
-        draw_prompts,
-    ):
-        print(draw.__name__, flush=True)
-        draw(model, scenes)
+    for part in args.parts or PARTS:
+        print(part, flush=True)
+        PARTS[part](model, scenes)
 
 
 def draw_variations(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
-    rows, labels = [], []
+    picture = scenes["circle and star"]
+    images, labels = [], []
     for eta in (0.3, 1.0):
-        for name in ("circle and star", "circle above cross"):
-            drawn = variations(model, scenes[name], eta=eta, num_images=3, **STEPS)
-            rows += [scenes[name], *drawn.images]
-            labels += ["the picture", *[f"eta {eta:g}, seed {seed}" for seed in drawn.seeds]]
-    write_grid("variations", rows, labels, 8)
+        drawn = variations(model, picture, eta=eta, num_images=3, **STEPS)
+        images += [picture, *drawn.images]
+        labels += ["the picture", *[f"eta {eta:g}, seed {seed}" for seed in drawn.seeds]]
+    write_grid("variations", images, labels, 8)
 
 
 def draw_inversions(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
@@ -89,22 +87,22 @@ def draw_inversions(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
 
 def draw_interpolations(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
     a, b = scenes["heart"], scenes["circle above cross"]
-    between = interpolate(model, a, b, at=8, **STEPS)
+    between = interpolate(model, a, b, at=FRAMES, **STEPS)
     write_strip("interpolation", between.images)
     pictures = [to_pil(image).resize((THUMB, THUMB)) for image in between.images]
     (IMAGES / "interpolation.gif").write_bytes(animated(pictures, "gif"))
-    fixed = interpolate(model, a, b, at=8, fixed_x_T=True, guidance_scale=2.0, **STEPS)
+    fixed = interpolate(model, a, b, at=FRAMES, fixed_x_T=True, guidance_scale=2.0, **STEPS)
     write_strip("interpolation-fixed", fixed.images)
     texts = "a red circle in the middle", "a blue star in the middle"
     write_strip(
         "interpolation-texts",
-        interpolate(model, *texts, at=8, guidance_scale=2.0, **STEPS).images,
+        interpolate(model, *texts, at=FRAMES, guidance_scale=2.0, **STEPS).images,
     )
     mixed = interpolate(
         model,
         scenes["triangle"],
         "a green heart",
-        at=8,
+        at=FRAMES,
         fixed_x_T=True,
         guidance_scale=2.0,
         **STEPS,
@@ -118,7 +116,7 @@ def draw_text_diffs(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
         ("shape", ("a yellow triangle", "a yellow circle"), "triangle"),
     ):
         drawn = text_diff(
-            model, scenes[scene], *texts, theta=0.5, frames=8, guidance_scale=2.0, **STEPS
+            model, scenes[scene], *texts, theta=0.5, frames=FRAMES, guidance_scale=2.0, **STEPS
         )
         write_strip(f"text-diff-{name}", drawn.images)
 
@@ -126,14 +124,12 @@ def draw_text_diffs(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
 def draw_components(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
     assert model.pca is not None, "the model has no PCA: python -m unclip.edits fits one"
     counts = [*default_components(len(model.pca.mean))]
-    images, labels = [], []
-    for name in ("square and circle", "heart with star"):
-        drawn = pca_reconstructions(
-            model, scenes[name], model.pca, num_components=counts, guidance_scale=2.0, **STEPS
-        )
-        images += list(drawn.images)
-        labels += [f"{count} components" for count in counts]
-    write_grid("pca", images, labels, len(counts))
+    picture = scenes["square and circle"]
+    drawn = pca_reconstructions(
+        model, picture, model.pca, num_components=counts, guidance_scale=2.0, **STEPS
+    )
+    labels = [f"{count} components" for count in counts]
+    write_grid("pca", [picture, *drawn.images], ["the picture", *labels], len(counts) + 1)
 
 
 def draw_inpainting(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
@@ -146,7 +142,7 @@ def draw_inpainting(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
         "a yellow circle above a purple heart on a brown background",
         "a yellow circle above a red square on a brown background",
     ):
-        drawn = inpaint(model, picture, mask, prompt=prompt, num_images=3, seed=0, **STEPS)
+        drawn = inpaint(model, picture, mask, prompt=prompt, num_images=3, **STEPS)
         images += list(drawn.images)
         labels += [prompt] * 3
     write_grid("inpainting", images, labels, 8)
@@ -164,7 +160,7 @@ def draw_upscaling(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
 
 def draw_prompts(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
     del scenes
-    options = {**STEPS, "guidance_scale": 3.0, "num_images": 4}
+    options = {**STEPS, "num_images": 4}
     images, labels = [], []
     for prompt, more in (
         ("a circle", {}),
@@ -192,6 +188,17 @@ def write_strip(name: str, images: Tensor) -> None:
     pictures = [to_pil(image).resize((THUMB, THUMB)) for image in images]
     (IMAGES / f"{name}.png").write_bytes(encoded(strip(pictures), optimize=True))
 
+
+PARTS = {
+    "variations": draw_variations,
+    "inversion": draw_inversions,
+    "interpolation": draw_interpolations,
+    "text-diff": draw_text_diffs,
+    "pca": draw_components,
+    "inpainting": draw_inpainting,
+    "upscaling": draw_upscaling,
+    "prompts": draw_prompts,
+}
 
 if __name__ == "__main__":
     main()
