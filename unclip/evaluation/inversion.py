@@ -53,7 +53,7 @@ def measure(config: InversionConfig) -> dict[str, Any]:
     embeds = torch.cat([model.clip.encode_image(b.to(model.clip.device)) for b in images.split(64)])
     rows = []
     for steps in config.steps:
-        options = {"decoder_steps": steps, "guidance_scale": 1.0, "progress": False}
+        options: dict[str, Any] = {"decoder_steps": steps, "guidance_scale": 1.0, "progress": False}
 
         def again(x_T: Tensor | None, options: dict[str, Any] = options) -> float:
             drawn = model(
