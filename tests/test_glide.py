@@ -449,7 +449,22 @@ def test_an_image_embed_is_refused(model: UnCLIP) -> None:
         model(image_embed=torch.zeros(16), **FEW)
 
 
-def test_a_plain_network_cannot_repaint(model: UnCLIP) -> None:
-    image = torch.zeros(3, 64, 64)
-    with pytest.raises(ValueError, match="load one of GLIDE's inpainting networks"):
-        model(CAPTIONS[0], image=image, repaint=image[:1], **FEW)
+def test_a_plain_network_repaints_by_what_is_known(model: UnCLIP) -> None:
+    image = 2 * torch.rand(3, 256, 256) - 1
+    repaint = torch.zeros(1, 256, 256)
+    repaint[:, :, 128:] = 1
+    drawn = model(CAPTIONS[0], image=image, repaint=repaint, **FEW)
+    torch.testing.assert_close(drawn.images[0, :, :, :128], image[:, :, :128])
+    assert (drawn.images[0, :, :, 128:] - image[:, :, 128:]).abs().mean() > 0.1
+
+
+def test_a_negative_caption_takes_the_place_of_none(model: UnCLIP) -> None:
+    usual = model(CAPTIONS[0], **FEW)
+    away = model(CAPTIONS[0], negative_prompt="a purple cross", **FEW)
+    assert (usual.images - away.images).abs().max() > 0.01
+    with pytest.raises(ValueError, match="weighted prompts need a CLIP"):
+        model("a cat::2 a dog::1", **FEW)
+    with pytest.raises(ValueError, match="best_of needs a CLIP"):
+        model(CAPTIONS[0], best_of=2, **FEW)
+    with pytest.raises(ValueError, match="inversion needs a decoder that reads an image_embed"):
+        model.invert(torch.zeros(1, 3, 64, 64), image_embed=torch.zeros(8))

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": FOUNDATION | STAGES | {"clip", "diffusion", "lora", "models", "pretrained"},
     "training": FOUNDATION | LEAVES | STAGES | {"lora", "hub"},
     "pipeline": FOUNDATION | LEAVES | STAGES | {"hub"},
-    "edits": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline"},
+    "edits": FOUNDATION | LEAVES | STAGES | {"hub", "pictures", "pipeline"},
     "evaluation": FOUNDATION | LEAVES | STAGES | {"hub", "pipeline", "edits"},
     "__init__": {"pipeline"},  # unclip/__init__.py itself
     # What is run by `python -m` puts rooms together as the scripts do, and nobody imports it.

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unclip import UnCLIP
-from unclip.pipeline import CascadeOutput
+from unclip.diffusion import Resampling
+from unclip.pipeline import Cancelled, CascadeOutput
 
 FAST: dict[str, Any] = {
     "prior_steps": 3,
@@ -152,6 +154,28 @@ def test_a_prompt_that_is_too_long_names_what_was_cut(unclip: UnCLIP) -> None:
         ({"sampler": "dimm"}, "^sampler must be one of .*; got 'dimm': did you mean 'ddim'"),
         ({"prior_sampler": "plms"}, "^prior_sampler must be one of ddpm, ddim"),
         ({"upsampler_sampler": "x"}, "^upsampler_sampler must be one of ddpm, ddim"),
+        ({"best_of": 0}, "best_of must be at least 1; got 0: use 1"),
+        ({"negative_prompt": " "}, "negative_prompt must not be empty"),
+        ({"prompts": "a star::"}, "a number above 0 behind it; got '' behind 'a star'"),
+        ({"prompts": "a star::-1 a cross"}, "got '-1' behind 'a star'.*a negative prompt"),
+        ({"prompts": "::2 a cross"}, "a number above 0 behind it; got '2' behind ''"),
+        ({"x_T": torch.zeros(3, 8, 8)}, r"x_T must be \[3, 16, 16\], or \[1, 3, 16, 16\]"),
+        ({"low_res": torch.zeros(3, 32, 32)}, r"low_res must have a side among \[16\]"),
+        ({"image_embed": torch.full((16,), torch.nan)}, "image_embed must be finite; got NaN"),
+        ({"image": torch.zeros(3, 8, 8)}, "image must be .*, and both be given"),
+        (
+            {"image": torch.zeros(3, 8, 8), "repaint": torch.zeros(4, 8)},
+            r"repaint must be as large as image, \[8, 8\]; got \[4, 8\]",
+        ),
+        (
+            {
+                "image": torch.zeros(3, 8, 8),
+                "repaint": torch.ones(8, 8),
+                "resampling": Resampling(),
+                "sampler": "unipc",
+            },
+            "sampler must be 'ddpm' or 'ddim' for resampling; got 'unipc'",
+        ),
         ({"num_images": 0}, "num_images must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"num_candidates": 0}, "num_candidates must be at least 1; got 0: use 2"),
@@ -172,6 +196,75 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr(unclip, "_batch", lambda *_: pytest.fail("it began to work"))
     with pytest.raises(ValueError, match=message):
         unclip(**{"prompts": "a red circle", **arguments}, progress=False)
+
+
+# ---------------------------------------------------------------------- what a caption may be
+
+
+def test_a_negative_prompt_leads_away(unclip: UnCLIP) -> None:
+    """It takes the empty caption's place in guidance: at a scale of 0 it is all that is drawn."""
+    options: dict[str, Any] = {**FAST, "size": 16, "guidance_scale": 3.0}
+    usual = unclip(PROMPTS, **options)
+    away = unclip(PROMPTS, negative_prompt="a purple cross", **options)
+    assert (away.images - usual.images).abs().max() > 0.01
+    torch.testing.assert_close(away.image_embed, usual.image_embed)  # the prior is not guided
+    guided = unclip(PROMPTS, negative_prompt="a purple cross", prior_guidance_scale=2.0, **options)
+    usual = unclip(PROMPTS, prior_guidance_scale=2.0, **options)
+    assert guided.image_embed is not None and usual.image_embed is not None
+    assert (guided.image_embed - usual.image_embed).abs().max() > 0.01
+    only: dict[str, Any] = {"prior_guidance_scale": 0.0, "num_candidates": 1}
+    negative = unclip(PROMPTS[0], negative_prompt=PROMPTS[1], **options, **only)
+    drawn = unclip(PROMPTS[1], **options, num_candidates=1)
+    torch.testing.assert_close(negative.image_embed, drawn.image_embed, atol=1e-4, rtol=0)
+    # Without a caption too, whose one learned token stands on as many.
+    embed = usual.image_embed
+    assert unclip(image_embed=embed, negative_prompt="a star", **options).images.isfinite().all()
+
+
+def test_weighted_prompts_are_blended(unclip: UnCLIP) -> None:
+    options: dict[str, Any] = {**FAST, "size": 16, "num_candidates": 1}
+    one = unclip("a red circle", **options)
+    for same in ("a red circle::3", "a red circle::1 a red circle::2"):
+        torch.testing.assert_close(unclip(same, **options).images, one.images, atol=1e-3, rtol=0)
+    blends = unclip(["a red circle::1 a star", "a red circle::100 a star::0.01"], seed=0, **options)
+    assert (blends.images[0] - one.images[0]).abs().max() > 0.01
+    near = (blends.images[1] - unclip(PROMPTS[:1] * 2, **options).images[1]).abs().max()
+    assert near < 0.05
+
+
+def test_the_best_of_several_is_kept(unclip: UnCLIP) -> None:
+    options: dict[str, Any] = {**FAST, "seed": 5}
+    first, best = (unclip(PROMPTS, best_of=count, **options) for count in (1, 3))
+    clip = unclip.clip
+    assert clip is not None
+    text = clip.encode_text(PROMPTS).text_embed
+    scores = [
+        F.cosine_similarity(clip.encode_image(drawn.by_size[16]), text) for drawn in (first, best)
+    ]
+    assert (scores[1] >= scores[0] - 1e-5).all() and (scores[1] > scores[0] + 1e-5).any()
+    alone = unclip(PROMPTS[1], best_of=3, **{**options, "seed": 6})
+    torch.testing.assert_close(alone.images[0], best.images[1], atol=1e-3, rtol=0)
+
+
+def test_a_callback_cancels(unclip: UnCLIP) -> None:
+    seen = []
+
+    def cancel(*step: Any) -> bool:
+        seen.append(step[:2])
+        return step[:2] != ("decoder", 1)
+
+    with pytest.raises(Cancelled, match="cancelled in step 2 of the decoder"):
+        unclip(PROMPTS, callback=cancel, **FAST)
+    assert seen[-1] == ("decoder", 1)
+    assert unclip(PROMPTS, callback=lambda *_: None, **FAST).images.isfinite().all()
+
+
+def test_a_cancelled_stage_goes_home(tiny_model: Path) -> None:
+    offloaded = UnCLIP.from_pretrained(tiny_model, offload=True)
+    home = next(offloaded.decoder.parameters()).device
+    with pytest.raises(Cancelled):
+        offloaded(PROMPTS[0], callback=lambda *_: False, **FAST)
+    assert next(offloaded.decoder.parameters()).device == home
 
 
 def test_stages_that_do_not_fit_are_refused(unclip: UnCLIP) -> None:

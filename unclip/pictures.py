@@ -103,9 +103,9 @@ def save(picture: Image.Image, made_by: dict[str, Any], path: Path) -> Path:
     """Write a PNG that says what made it; never over a file that is there."""
     import torch
 
-    import unclip
+    from unclip import __version__
 
-    versions = {"unclip": unclip.__version__, "torch": torch.__version__}
+    versions = {"unclip": __version__, "torch": torch.__version__}
     values = {"format": FORMAT, "version": VERSION, **made_by, "versions": versions}
     info = PngImagePlugin.PngInfo()
     info.add_text(METADATA_KEY, json.dumps(values))

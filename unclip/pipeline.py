@@ -558,6 +558,11 @@ class UnCLIP:
                 raise ValueError("prompts must hold at least one caption; got none: give one")
             for prompt in captions:
                 check_prompt(prompt)
+                if isinstance(self.decoder, GlideStage) and split_weights(str(prompt))[1:]:
+                    raise ValueError(
+                        f"weighted prompts need a CLIP, in whose numbers they are blended; got "
+                        f"{prompt!r} for GLIDE's networks: write one caption"
+                    )
         sides, side = [self.decoder.image_size], self.decoder.image_size
         if low_res is not None:
             sides, side = self.sizes[:-1], low_res.shape[-1]

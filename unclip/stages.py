@@ -309,6 +309,7 @@ class DecoderStage(PictureStage):
             context=context,
             null_context=null,
             guidance_scale=options.guidance_scale,
+            guidance_limits=options.guidance_limits,
             num_inference_steps=options.num_inference_steps,
             num_iterations=num_iterations,
             dtype=next(self.network.parameters()).dtype,

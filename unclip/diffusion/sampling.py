@@ -171,6 +171,7 @@ def invert(
     context: Context,
     null_context: Context | None = None,
     guidance_scale: float = 1.0,
+    guidance_limits: GuidanceLimits = UNLIMITED,
     num_inference_steps: int = 50,
     num_iterations: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -186,8 +187,8 @@ def invert(
     small (Pan et al. 2023, section 3.1).
 
     Args:
-        network, schedule_config, context, null_context, guidance_scale, dtype, progress, callback:
-            as `sample` has them.
+        network, schedule_config, context, null_context, guidance_scale, guidance_limits, dtype,
+            progress, callback: as `sample` has them.
         x_0: clean samples [B, ...].
         num_inference_steps: 1 .. num_train_timesteps; of both ways.
         num_iterations: network evaluations of a step, at least 1.
@@ -213,7 +214,15 @@ def invert(
         t = torch.full((len(x_t),), timestep, device=x_t.device)
         for _ in range(num_iterations):
             estimate, _ = _estimate_x_0(
-                network, schedule, x_t, timestep, context, null_context, guidance_scale, dtype
+                network,
+                schedule,
+                x_t,
+                timestep,
+                context,
+                null_context,
+                guidance_scale,
+                dtype,
+                guidance_limits,
             )
             eps = schedule.eps_of(x_t, estimate, t)
             x_t = scheduler.step(eps, place, below).prev_sample

@@ -10,7 +10,7 @@ from unclip.edits.blending import check_theta, interpolate, slerp, text_diff
 from unclip.edits.drawing import check_eta, decode, inpaint, upscale, variations
 from unclip.edits.fitting import check_embeds, check_mask, fit
 from unclip.edits.latents import Latent, invert, latent_of, psnr, reconstruct
-from unclip.edits.principal import fit_pca, pca_reconstructions
+from unclip.edits.principal import default_components, fit_pca, pca_reconstructions
 
 __all__ = [
     "Latent",
@@ -19,6 +19,7 @@ __all__ = [
     "check_mask",
     "check_theta",
     "decode",
+    "default_components",
     "fit",
     "fit_pca",
     "inpaint",

@@ -120,9 +120,9 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
     """
     inputs = {name: _read(name, getattr(args, name)) for name in INPUTS_OF[args.verb]}
     if args.verb == "inpaint":
+        Resampling(jump_length=args.jump_length, num_resamples=args.num_resamples)
         inputs["mask"] = read_mask(Path(args.mask))
         check_mask(inputs["mask"], inputs["image"])
-        Resampling(jump_length=args.jump_length, num_resamples=args.num_resamples)
     if args.verb == "variations":
         check_eta(1.0 if args.eta is None else args.eta)
     if args.verb == "text-diff":

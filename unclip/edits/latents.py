@@ -22,6 +22,9 @@ from unclip.pipeline import CascadeOutput, UnCLIP, picture_generators
 INVERSION_OPTIONS = {
     "decoder_steps",
     "guidance_scale",
+    "guidance_interval",
+    "guidance_rescale",
+    "dynamic_threshold",
     "negative_prompt",
     "progress",
     "callback",
