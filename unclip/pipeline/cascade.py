@@ -1,16 +1,13 @@
-"""The cascade (paper, section 2): caption -> image embedding -> 64 px -> 256 px (-> 1024 px).
+"""The cascade: caption -> image embedding -> 64 px -> 256 px (-> 1024 px).
 
 Shapes: P prompts, B pictures (`num_images` for each prompt), D width of CLIP's joint space, S side.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,193 +18,19 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from unclip.clip import FrozenCLIP, Text, blend, split_weights
-from unclip.diffusion import (
-    DiffusionConfig,
-    GuidanceLimits,
-    Resampling,
-    make_scheduler,
-    sampling_timesteps,
-)
+from unclip.diffusion import Resampling
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
-from unclip.priors import KINDS, PCA, Prior, PriorOptions, TransformerPrior
+from unclip.pipeline.checks import (
+    captions_and_given,
+    check_best_of,
+    check_inpainting,
+    check_steps,
+)
+from unclip.pipeline.options import CascadeOptions
+from unclip.pipeline.run import CascadeOutput, Run, StageCallback, picture_generators
+from unclip.priors import PCA, Prior, TransformerPrior
 from unclip.stages import Conditions, DecoderStage, PictureStage, SamplingOptions
-
-StageCallback = Callable[[str, int, int, Tensor, Tensor], object]
-
-
-class Cancelled(Exception):
-    """A callback has stopped the drawing; its stage has gone back to where it waits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CascadeOptions:
-    """How a picture is drawn; with its caption and its seed, all that decides its pixels."""
-
-    guidance_scale: float = 3.0
-    """Of the decoder, 0 or more; 1 is off."""
-    prior_guidance_scale: float = 1.0
-    """Of the prior; guiding it hurt in the paper."""
-    num_candidates: int = 2
-    """Image embeddings drawn for each picture; the one closest to the caption is kept."""
-    prior_steps: int = 32
-    """Denoising steps of the prior."""
-    decoder_steps: int = 30
-    """Denoising steps of the decoder."""
-    upsampler_steps: int = 12
-    """Denoising steps of each upsampler."""
-    prior_sampler: str | None = None
-    """One of the prior's own; None is its first: `ddpm` of a diffusion prior, `heun` of a flow."""
-    prior_temperature: float = 1.0
-    """Of a prior that draws tokens, the autoregressive one."""
-    prior_top_p: float = 1.0
-    """Of a prior that draws tokens: the share of probability it draws from."""
-    sampler: str = "ddim"
-    """The decoder's."""
-    upsampler_sampler: str = "ddim"
-    """The upsamplers'."""
-    eta: float = 0.0
-    """Noise the decoder's `ddim` adds back, 0 to 1."""
-    guidance_interval: tuple[float, float] | None = None
-    """Noise levels between 0 and 1 from and to which the decoder is guided; None: all of them."""
-    guidance_rescale: float = 0.0
-    """How far the decoder's guided output is brought back to its contrast without guidance, 0 to 1
-    (0.7 is usual)."""
-    dynamic_threshold: float | None = None
-    """Share of the decoder's values that stay within range, the others making it wider (0.995 is
-    usual); None clamps."""
-    negative_prompt: str | None = None
-    """A caption that guidance leads away from, in the prior and the decoder, where it would else
-    lead away from no caption."""
-    best_of: int = 1
-    """Pictures drawn for each one that is kept, by how close CLIP finds them to the caption."""
-    size: int | None = None
-    """Side to stop at, px: the decoder's or an upsampler's; None: the largest."""
-
-    def __post_init__(self) -> None:
-        for name in ("guidance_scale", "prior_guidance_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} must not be negative; got {getattr(self, name)}: use 1 for no "
-                    "guidance, above 1 for more of the condition"
-                )
-        for name in (
-            "num_candidates",
-            "prior_steps",
-            "decoder_steps",
-            "upsampler_steps",
-            "best_of",
-        ):
-            if getattr(self, name) < 1:
-                default = next(f.default for f in fields(self) if f.name == name)
-                raise ValueError(
-                    f"{name} must be at least 1; got {getattr(self, name)}: use {default}"
-                )
-        self._check_of_prior()
-        if self.negative_prompt is not None:
-            check_prompt(self.negative_prompt, "negative_prompt")
-        _ = self.guidance_limits  # which checks its own
-        for name in ("sampler", "upsampler_sampler"):
-            try:
-                # Whether a model can do with `analytic` is found out when it is sampled.
-                make_scheduler(DiffusionConfig(eps_power=(1.0, 1.0)), getattr(self, name))
-            except ValueError as error:
-                raise ValueError(str(error).replace("sampler", name, 1)) from error
-        if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
-            raise ValueError(
-                f"eta must lie in [0, 1], and be 0 unless sampler is 'ddim'; got {self.eta} with "
-                f"{self.sampler!r}: leave it out or use ddim"
-            )
-
-    def _check_of_prior(self) -> None:
-        samplers = dict.fromkeys(name for kind in KINDS.values() for name in kind.samplers)
-        if self.prior_sampler not in (None, *samplers):
-            raise ValueError(
-                f"prior_sampler must be one of {', '.join(samplers)}; got {self.prior_sampler!r}: "
-                "leave it out for the prior's own"
-            )
-        try:
-            PriorOptions(**self.of_prior)
-        except ValueError as error:
-            raise ValueError(_as_of_prior(error)) from error
-
-    @property
-    def of_prior(self) -> dict[str, Any]:
-        """The prior's, as `PriorOptions` names them."""
-        return {
-            "guidance_scale": self.prior_guidance_scale,
-            "num_candidates": self.num_candidates,
-            "sampler": self.prior_sampler,
-            "num_inference_steps": self.prior_steps,
-            "temperature": self.prior_temperature,
-            "top_p": self.prior_top_p,
-        }
-
-    @property
-    def guidance_limits(self) -> GuidanceLimits:
-        """What keeps the decoder's guidance from overdoing it."""
-        return GuidanceLimits(
-            interval=self.guidance_interval or (0.0, 1.0),
-            rescale=self.guidance_rescale,
-            dynamic_threshold=self.dynamic_threshold,
-        )
-
-    @property
-    def of_decoder(self) -> dict[str, Any]:
-        """The decoder's, as `SamplingOptions` names them."""
-        return {
-            "guidance_limits": self.guidance_limits,
-            "sampler": self.sampler,
-            "num_inference_steps": self.decoder_steps,
-            "guidance_scale": self.guidance_scale,
-            "eta": self.eta,
-        }
-
-    @property
-    def of_upsamplers(self) -> dict[str, Any]:
-        """The upsamplers', as `SamplingOptions` names them."""
-        return {
-            "sampler": self.upsampler_sampler,
-            "num_inference_steps": self.upsampler_steps,
-        }
-
-
-@dataclass(frozen=True)
-class CascadeOutput:
-    """B pictures and how they came about; tensors are fp32 on the CPU."""
-
-    by_size: dict[int, Tensor]
-    """Side S in px -> what that stage drew, [B, 3, S, S] in [-1, 1]; small to large."""
-    image_embed: Tensor | None
-    """[B, D] what the prior drew, or was given; None for a decoder that reads captions alone."""
-    prompts: list[str | None]
-    """The caption of each picture."""
-    seeds: list[int]
-    """The seed of each picture."""
-    options: CascadeOptions
-    """How they were drawn."""
-    seconds: dict[str, float]
-    """Stage -> wall-clock time."""
-
-    @property
-    def images(self) -> Tensor:
-        """The largest pictures, [B, 3, S, S] in [-1, 1]."""
-        return self.by_size[max(self.by_size)]
-
-
-def _as_of_prior(error: ValueError) -> str:
-    """What is wrong with the prior's options, by their names in `CascadeOptions`."""
-    named = {"num_inference_steps": "prior_steps", "guidance_scale": "prior_guidance_scale"}
-    option, rule = str(error).split(" ", 1)
-    own = option if option == "num_candidates" else named.get(option, f"prior_{option}")
-    return f"{own} {rule}"
-
-
-def check_prompt(prompt: object, name: str = "prompt") -> None:
-    """Raise ValueError where a caption is empty or no text at all, or its weights are none."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{name} must not be empty; got {prompt!r}: describe the picture in words")
-    split_weights(prompt)
 
 
 class UnCLIP:
@@ -425,14 +248,16 @@ class UnCLIP:
             Cancelled: the callback has returned False.
         """
         chosen = self._options(options)
-        self._check_steps(chosen)
-        self._check_best_of(chosen, prompts)
+        check_steps(self.stages, chosen)
+        check_best_of(self.stages, chosen, prompts)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
-        self._check_inpainting(image, repaint, resampling, chosen)
-        captions, given = self._conditions(prompts, image_embed, x_T, low_res, num_images)
+        check_inpainting(self.stages, image, repaint, resampling, chosen)
+        captions, given = captions_and_given(
+            self.stages, prompts, image_embed, x_T, low_res, num_images
+        )
         count = len(captions)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
@@ -442,7 +267,7 @@ class UnCLIP:
         known = {}
         if image is not None and repaint is not None:
             known = {"image": image[None], "repaint": repaint.reshape(1, 1, *repaint.shape[-2:])}
-        run = _Run(chosen, progress, callback, known, resampling, seconds={})
+        run = Run(chosen, progress, callback, known, resampling, seconds={})
         parts = []
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
@@ -460,131 +285,8 @@ class UnCLIP:
             seconds=run.seconds,
         )
 
-    def _check_steps(self, options: CascadeOptions) -> None:
-        if self.prior is not None:
-            try:
-                self.prior.check_options(PriorOptions(**options.of_prior))
-            except ValueError as error:
-                raise ValueError(_as_of_prior(error)) from error
-        stages: list[tuple[str, str, PictureStage]]
-        stages = [("decoder_steps", "sampler", self.decoder)]
-        stages += [("upsampler_steps", "upsampler_sampler", up) for up in self.upsamplers]
-        for steps, sampler, stage in stages:
-            config = stage.config.diffusion
-            try:
-                timesteps = sampling_timesteps(config, getattr(options, steps))
-                make_scheduler(config, getattr(options, sampler), timesteps)
-            except ValueError as error:
-                message = str(error).replace("num_inference_steps", steps, 1)
-                message = re.sub("^sampler ", f"{sampler} ", message)
-                raise ValueError(message) from error
-        if options.size is not None and options.size not in self.sizes:
-            raise ValueError(
-                f"size must be one of {', '.join(map(str, self.sizes))}, the sides this model "
-                f"draws; got {options.size}: leave it out for {self.sizes[-1]}"
-            )
-
-    def _check_best_of(self, options: CascadeOptions, prompts: object) -> None:
-        if options.best_of == 1:
-            return
-        if self.clip is None or prompts is None:
-            raise ValueError(
-                f"best_of needs a CLIP and a caption to choose by; got {options.best_of} with "
-                f"{'no CLIP' if self.clip is None else 'no caption'}: leave it out"
-            )
-        self.clip.required_image_size()
-
-    def _check_inpainting(
-        self,
-        image: Tensor | None,
-        repaint: Tensor | None,
-        resampling: Resampling | None,
-        options: CascadeOptions,
-    ) -> None:
-        if image is None and repaint is None:
-            return
-        shapes = [None if part is None else tuple(part.shape) for part in (image, repaint)]
-        if image is None or repaint is None or image.ndim != 3 or repaint.ndim not in (2, 3):
-            raise ValueError(
-                "image must be [3, H, W] and repaint [1, H, W], and both be given; got "
-                f"{shapes[0]} and {shapes[1]}"
-            )
-        if image.shape[-2:] != repaint.shape[-2:]:
-            raise ValueError(
-                f"repaint must be as large as image, {list(image.shape[-2:])}; got "
-                f"{list(repaint.shape[-2:])}: draw the mask on the picture"
-            )
-        for name in ("sampler", "upsampler_sampler"):
-            sampler = getattr(options, name)
-            if resampling is not None and sampler not in ("ddpm", "ddim"):
-                raise ValueError(
-                    f"{name} must be 'ddpm' or 'ddim' for resampling; got {sampler!r}: use 'ddim'"
-                )
-
-    def _conditions(
-        self,
-        prompts: str | Sequence[str] | None,
-        image_embed: Tensor | None,
-        x_T: Tensor | None,
-        low_res: Tensor | None,
-        num_images: int,
-    ) -> tuple[list[str | None], dict[str, Tensor]]:
-        """The caption of each picture, and what else was given, of B pictures each."""
-        if isinstance(self.decoder, GlideStage) and (prompts is None or image_embed is not None):
-            raise ValueError(
-                "this model's decoder reads captions alone: prompts must be given and image_embed "
-                f"must not; got {'an image_embed' if prompts else 'no prompts'}"
-            )
-        if prompts is None and image_embed is None and low_res is None:
-            raise ValueError("prompts must be given where image_embed is not; got neither")
-        if (
-            image_embed is None
-            and low_res is None
-            and self.prior is None
-            and isinstance(self.decoder, DecoderStage)
-        ):
-            raise ValueError(
-                "this model has no prior, so image_embed must be given; got None: embed a picture "
-                "with clip.encode_image, or load the model with prior=<a model that has one>"
-            )
-        captions: list[str | None]
-        if prompts is None:
-            first, single = (image_embed, 1) if image_embed is not None else (low_res, 3)
-            assert first is not None
-            captions = [None] * (1 if first.ndim == single else len(first))
-        else:
-            captions = [prompts] if isinstance(prompts, str) else list(prompts)
-            if not captions:
-                raise ValueError("prompts must hold at least one caption; got none: give one")
-            for prompt in captions:
-                check_prompt(prompt)
-                if isinstance(self.decoder, GlideStage) and split_weights(str(prompt))[1:]:
-                    raise ValueError(
-                        f"weighted prompts need a CLIP, in whose numbers they are blended; got "
-                        f"{prompt!r} for GLIDE's networks: write one caption"
-                    )
-        sides, side = [self.decoder.image_size], self.decoder.image_size
-        if low_res is not None:
-            sides, side = self.sizes[:-1], low_res.shape[-1]
-            if side not in sides or low_res.shape[-2] != side:
-                raise ValueError(
-                    f"low_res must have a side among {sides}, which this model's upsamplers "
-                    f"enlarge; got {list(low_res.shape[-2:])}: resize it, or load an upsampler"
-                )
-        given = {
-            "image_embed": (image_embed, (None if self.clip is None else self.clip.embed_dim,)),
-            "x_T": (x_T, (3, sides[0], sides[0])),
-            "low_res": (low_res, (3, side, side)),
-        }
-        parts = {
-            name: _rows(name, part, shape, len(captions)).repeat_interleave(num_images, dim=0)
-            for name, (part, shape) in given.items()
-            if part is not None
-        }
-        return [caption for caption in captions for _ in range(num_images)], parts
-
     def _batch(
-        self, captions: list[str | None], given: Mapping[str, Tensor], seeds: list[int], run: _Run
+        self, captions: list[str | None], given: Mapping[str, Tensor], seeds: list[int], run: Run
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Embeddings [B, D] and pictures by size of one batch."""
         options, device = run.options, self.device
@@ -629,7 +331,7 @@ class UnCLIP:
         conditions: Conditions,
         x_T: Tensor | None,
         seeds: list[int],
-        run: _Run,
+        run: Run,
         attempt: str,
     ) -> Conditions:
         """The conditions with an image_embed, drawn if need be, and the decoder's pictures."""
@@ -640,7 +342,7 @@ class UnCLIP:
         return replace(conditions, low_res=images)
 
     def _embeds(
-        self, conditions: Conditions, seeds: list[int], run: _Run, attempt: str = ""
+        self, conditions: Conditions, seeds: list[int], run: Run, attempt: str = ""
     ) -> Tensor:
         """What the prior draws, [B, D] fp32."""
         assert self.prior is not None and conditions.text is not None
@@ -661,7 +363,7 @@ class UnCLIP:
         stage: PictureStage,
         conditions: Conditions,
         seeds: list[int],
-        run: _Run,
+        run: Run,
         x_T: Tensor | None = None,
         attempt: str = "",
     ) -> Tensor:
@@ -681,7 +383,7 @@ class UnCLIP:
                 x_T,
             )
 
-    def _best(self, attempts: list[Conditions], run: _Run) -> Conditions:
+    def _best(self, attempts: list[Conditions], run: Run) -> Conditions:
         """Of several attempts at B pictures, each picture's best by CLIP."""
         if len(attempts) == 1 or self.clip is None:
             return attempts[0]
@@ -720,12 +422,12 @@ class UnCLIP:
             Cancelled: the callback has returned False.
         """
         chosen = self._options(options)
-        self._check_steps(chosen)
-        captions, _ = self._conditions(prompts, None, None, None, 1)
+        check_steps(self.stages, chosen)
+        captions, _ = captions_and_given(self.stages, prompts, None, None, None, 1)
         if self.prior is None:
             raise ValueError("embed needs a prior; got a model without: load another model")
         seeds = [seed + k for k in range(len(captions))] if isinstance(seed, int) else list(seed)
-        run = _Run(chosen, progress, callback, {}, None, seconds={})
+        run = Run(chosen, progress, callback, {}, None, seconds={})
         with self._autocast():
             return self._embeds(self._encode(captions, run), seeds, run).cpu()
 
@@ -762,7 +464,7 @@ class UnCLIP:
             Cancelled: the callback has returned False.
         """
         chosen = self._options(options)
-        self._check_steps(chosen)
+        check_steps(self.stages, chosen)
         if isinstance(self.decoder, GlideStage):
             raise ValueError(
                 "inversion needs a decoder that reads an image_embed; got GLIDE's, which reads "
@@ -775,13 +477,13 @@ class UnCLIP:
             )
         embeds = image_embed.expand(len(images), -1) if image_embed.ndim == 1 else image_embed
         prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-        captions, given = self._conditions(prompts, embeds, None, None, 1)
+        captions, given = captions_and_given(self.stages, prompts, embeds, None, None, 1)
         if len(captions) != len(images):
             raise ValueError(
                 f"prompts and image_embed must be one for all pictures, or {len(images)}; got "
                 f"{len(captions)}: give one each"
             )
-        run = _Run(chosen, progress, callback, {}, None, seconds={})
+        run = Run(chosen, progress, callback, {}, None, seconds={})
         with self._autocast():
             embeds = given["image_embed"].to(self.device, torch.float32)
             conditions = replace(self._encode(captions, run), image_embed=embeds)
@@ -798,7 +500,7 @@ class UnCLIP:
                 )
         return x_T.cpu()
 
-    def _encode(self, captions: list[str | None], run: _Run) -> Conditions:
+    def _encode(self, captions: list[str | None], run: Run) -> Conditions:
         """What CLIP says of the captions, of the negative one, and of the empty prompt where a
         stage reads it."""
         away = run.options.negative_prompt
@@ -852,63 +554,3 @@ class UnCLIP:
             yield
         finally:
             stage.to(home)
-
-
-@dataclass
-class _Run:
-    """What all batches of one call share."""
-
-    options: CascadeOptions
-    progress: bool
-    callback: StageCallback | None
-    known: dict[str, Tensor]
-    resampling: Resampling | None
-    seconds: dict[str, float]
-    title: str = ""
-
-    def bar(self, stage: str) -> str | None:
-        return f"{stage}{self.title}" if self.progress else None
-
-    def callback_of(self, stage: str) -> Callable[[int, int, Tensor, Tensor], None] | None:
-        callback = self.callback
-        if callback is None:
-            return None
-
-        def call(step: int, *state: Any) -> None:
-            if callback(stage, step, *state) is False:
-                raise Cancelled(f"cancelled in step {step + 1} of the {stage}")
-
-        return call
-
-    @contextmanager
-    def timed(self, stage: str, device: torch.device) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # kernels run on after the call has returned
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _rows(name: str, part: Tensor, shape: tuple[int | None, ...], count: int) -> Tensor:
-    """What was given, once or for each of `count` prompts, as a batch of them; raises ValueError
-    where it has another shape or is not finite."""
-    batch = part.expand(count, *part.shape) if part.ndim == len(shape) else part
-    if tuple(batch.shape) != (count, *shape):
-        one, all_ = list(shape), [count, *shape]
-        raise ValueError(
-            f"{name} must be {one}, or {all_} for {count} prompts; got {list(part.shape)}: "
-            + ("use this model's own CLIP to make it" if name == "image_embed" else "resize it")
-        )
-    if not batch.isfinite().all():
-        raise ValueError(
-            f"{name} must be finite; got NaN or infinity in {list(part.shape)}: look at what made "
-            "it"
-        )
-    return batch
-
-
-def picture_generators(seeds: Sequence[int], stage: str) -> list[torch.Generator]:
-    """One CPU generator a picture, which depends on its seed and the stage alone."""
-    digests = (hashlib.sha256(f"{stage}/{seed}".encode()).digest() for seed in seeds)
-    # 32 bits are what torch's CPU generator keeps of a seed.
-    return [torch.Generator("cpu").manual_seed(int.from_bytes(d[:4], "little")) for d in digests]
