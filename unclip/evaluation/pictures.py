@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unclip.data.captioned import CAPTION_FILES, CaptionedConfig, CaptionedDataset
+from unclip.data.captioned import CaptionedConfig, CaptionedDataset
 from unclip.data.images import decode_image, to_tensor
 from unclip.data.shapes import ShapesConfig, draw_scene, render
+from unclip.data.tables import CAPTION_FILES
 from unclip.data.tars import EXTENSIONS
 
 TABLES = (".tar", ".tar.gz", ".tgz", ".parquet")

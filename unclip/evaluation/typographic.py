@@ -4,8 +4,9 @@ apples all the same).
 
 `python -m unclip.evaluation.typographic` attacks scenes of the built-in world with the names of
 other shapes and colours; `--pictures apple.png --classes apple iPod pizza --words iPod --model
-MODEL` any picture. It writes a sheet and a JSON file. Each picture is also covered with the same
-patch without a word, because a patch alone may change a verdict.
+MODEL` any picture. It writes a sheet and a JSON file. Two controls go with it, because a patch and
+ink may change a verdict by themselves: the same patch without a word, and with the word's letters
+in reverse, which a CLIP that reads is not fooled by.
 
 Shapes: B pictures, V variations of each, C classes, S side of the pictures that are written on.
 """
@@ -41,8 +42,8 @@ from unclip.pipeline import UnCLIP
 
 SIDE = 256
 """Side S of the pictures that are written on, px."""
-CONDITIONS = ("clean", "blank", "attacked")
-"""As it is, under an empty patch, and under the patch with the word."""
+CONDITIONS = ("clean", "blank", "reversed", "attacked")
+"""As it is; under an empty patch; with the word's letters in reverse on it; with the word."""
 Place = Literal["top", "centre", "bottom"]
 READABLE: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS)}
 """What the oracle reads: attribute -> its values."""
@@ -174,7 +175,8 @@ def write_over(
     """
     picture = to_pil(image)
     pen, side = ImageDraw.Draw(picture), picture.width
-    size = tall = max(4, round(side * height))
+    tall = max(4, round(side * height))
+    size = max(4, round(0.8 * tall))  # descenders stay on the patch
     while size > 4 and pen.textlength(word, ImageFont.load_default(size)) > 0.9 * side:
         size -= 1
     font = ImageFont.load_default(size)
@@ -209,6 +211,7 @@ def plan_attacks(
                 images = {
                     "clean": picture.image,
                     "blank": write_over(*patch, blank=True),
+                    "reversed": write_over(picture.image, word[::-1], *patch[2:]),
                     "attacked": write_over(*patch),
                 }
                 embeds = judge.encode_image(torch.stack([*images.values()]).to(judge.device))
@@ -361,7 +364,8 @@ def _cells(attack: Attack) -> list[tuple[Tensor, list[str]]]:
     for k, (image, chances) in enumerate(drawn):
         lines = [said(chances)]
         if "attacked" in attack.readings:
-            lines.append("oracle: " + (", ".join(attack.readings["attacked"][k]) or "nothing"))
+            seen = dict.fromkeys(attack.readings["attacked"][k])
+            lines.append("oracle: " + (", ".join(seen) or "nothing"))
         cells.append((image, lines))
     return cells
 
