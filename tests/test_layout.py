@@ -42,9 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"pipeline"},  # unclip/__init__.py itself
     # What is run by `python -m` puts rooms together as the scripts do, and nobody imports it.
     "embed": {"training"},
+    "plan": FOUNDATION | LEAVES | STAGES | {"hub", "training"},
     "data.__main__": FOUNDATION | {"data", "hub"},
 }
-COMMANDS = {"embed", "data.__main__"}
+COMMANDS = {"embed", "plan", "data.__main__"}
 
 # Library -> the only room that knows it.
 EXCLUSIVE = {"accelerate": "training", "peft": "lora"}

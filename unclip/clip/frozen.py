@@ -51,11 +51,14 @@ class FrozenCLIP(nn.Module, ABC):
         embed_dim: D. text_width: W. context_length: N. image_size: side its image tower wants, px;
             None where there is no image tower.
         unit_norm: whether its embeddings have unit norm.
+        logit_scale: what it multiplies cosines by before the softmax over captions; OpenAI's 100
+            where a checkpoint holds none, as those without the contrastive head do.
     """
 
     mean: Tensor
     std: Tensor
     unit_norm: bool
+    logit_scale: float = 100.0
 
     def __init__(
         self,

@@ -48,6 +48,8 @@ class OpenCLIP(FrozenCLIP):
         )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        if (scale := getattr(model, "logit_scale", None)) is not None:
+            self.logit_scale = float(scale.exp())
 
     def cut_text(self, caption: str) -> str:
         """The end of a caption that does not fit the text encoder ("" when all of it fits)."""
