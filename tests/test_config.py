@@ -149,7 +149,10 @@ def test_unknown_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path",
+    # Those of accelerate/ are Accelerate's own, which tests/test_parallel.py loads.
+    [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name in KINDS],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_every_shipped_config_loads(path: Path) -> None:
     parse(KINDS[path.parent.name], ["--config", str(path)])
