@@ -109,7 +109,8 @@ def disturbed(
 @pytest.mark.parametrize(
     ("stage", "kills", "environment"),
     [
-        ("prior", 5, {}),
+        ("prior", 3, {}),
+        ("clip", 2, {}),  # its batch norms keep running means, which differ between processes
         *(
             pytest.param(stage, 50, {}, marks=pytest.mark.slow)
             for stage in ("prior", "decoder", "upsampler", "clip")

@@ -179,6 +179,18 @@ def test_half_a_checkpoint_is_swept_away(tmp_path: Path) -> None:
     assert steps(tmp_path) == ["step-0000002", "step-0000004"]
 
 
+def test_a_checkpoint_that_is_half_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, max_steps=2)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: next(folder.iterdir()).unlink())
+    train(tmp_path, max_steps=4, keep_checkpoints=1)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-0000004"]
+    train(tmp_path, max_steps=6)
+    assert steps(tmp_path) == ["step-0000004", "step-0000006"]  # the rest is swept away
+
+
 def test_the_newest_checkpoints_are_kept_and_some_for_good(tmp_path: Path) -> None:
     train(tmp_path, keep_checkpoints=2, keep_every=4, max_steps=14)
     assert steps(tmp_path) == [f"step-{k:07d}" for k in (4, 8, 12, 14)]

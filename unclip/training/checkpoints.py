@@ -129,6 +129,13 @@ def latest(run: Path) -> Path | None:
 # --------------------------------------------------------------------------------- whole or not
 
 
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint: at once as far as anybody sees, whenever this process may be killed."""
+    aside = folder.with_name(f".dropped-{folder.name}")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -380,7 +387,7 @@ class Checkpointer:
         aside = folder.with_name(f".writing-{progress['step']:07d}")
 
         def clear() -> None:
-            for left in self.folder.glob(".writing-*"):
+            for left in (*self.folder.glob(".writing-*"), *self.folder.glob(".dropped-*")):
                 shutil.rmtree(left)
             aside.mkdir(parents=True)
             (aside / PROGRESS_NAME).write_text(json.dumps(dict(progress)))
@@ -398,13 +405,14 @@ class Checkpointer:
 
     def _finish(self, aside: Path, folder: Path) -> None:
         seal(aside)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _drop(folder)
         aside.rename(folder)
         _sync(self.folder)
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             step = int(old.name.removeprefix("step-"))
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(old)
+                _drop(old)
 
     @property
     def failed(self) -> bool:

@@ -108,6 +108,14 @@ def from_main(accelerator: Accelerator, value: str | None) -> str | None:
     return said
 
 
+def share_buffers(accelerator: Accelerator, module: nn.Module) -> None:
+    """Give all processes the main one's buffers (a batch norm's running means differ, and those of
+    the main process are what a run ends with), as DDP does before each step."""
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, the members of its lists of modules: what is sharded,
     recomputed and compiled one by one."""

@@ -25,7 +25,7 @@ from unclip.training.ema import Average, WholeCopy, trained, whole
 from unclip.training.guard import Guard
 from unclip.training.noise import SampleGenerators, sample_seed
 from unclip.training.objective import Objective
-from unclip.training.parallel import agree, blocks, is_finite, on_main, recompute
+from unclip.training.parallel import agree, blocks, is_finite, on_main, recompute, share_buffers
 from unclip.training.push import push_run
 from unclip.training.recipe import FitConfig, learning_rate_factor
 from unclip.training.tracking import Meter, Tracking
@@ -176,6 +176,7 @@ class Training:
             device=self.accelerator.device,
             channels_last=self.config.channels_last,
         )
+        share_buffers(self.accelerator, self.objective)
         with self.average.in_place():
             metrics = self.held_out.run(self.accelerator, self.module, to_device)
         more: dict[str, float] = {}
@@ -209,6 +210,7 @@ class Training:
 
     def save(self) -> None:
         """Have a checkpoint and the stage's folder written while training goes on."""
+        share_buffers(self.accelerator, self.objective)  # or a checkpoint has any process's
         self._take_copy()
         scaler = self.accelerator.scaler
         progress = {
