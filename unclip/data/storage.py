@@ -345,30 +345,35 @@ def _copy(source: Source, copy: Copy, path: Path) -> None:
     if not source.is_same():
         raise HasChanged(f"{source.path} has changed since it was indexed")
     left = copy.length
+    # Held from the making of room until the copy stands in its place, so that copies that are
+    # finished at the same moment cannot exceed the room between them.
+    lock = FileLock(path.parent / ".room.lock")
     try:
-        with opened(source) as stream, written_file(path) as aside, aside.open("wb") as out:
-            while left and (block := stream.read(min(BLOCK, left))):
-                out.write(block)
-                left -= len(block)
+        with opened(source) as stream, written_file(path) as aside:
+            with aside.open("wb") as out:
+                while left and (block := stream.read(min(BLOCK, left))):
+                    out.write(block)
+                    left -= len(block)
             if left:
                 raise EOFError(f"it ends {left} bytes too early")
+            lock.acquire()
+            _make_room(path.parent, copy.room - copy.length, copy.room)
     except BAD_COMPRESSION as error:
         raise OSError(f"{source.path} cannot be unpacked: {error}") from error
-    _make_room(path, copy.room)
+    finally:
+        lock.release()
 
 
-def _make_room(made: Path, room: int) -> None:
-    """Take away the copies that were read longest ago, but not the one just made."""
-    with FileLock(made.parent / ".room.lock"):
-        there = [(path.stat(), path) for path in made.parent.glob("*.tar") if path != made]
-        left = room - made.stat().st_size
-        for about, path in sorted(there, key=lambda entry: -entry[0].st_mtime):
-            left -= about.st_size
-            if left < 0:
-                if time.time() - about.st_mtime < BUSY:
-                    _warn_of_room(room)
-                # Whoever has it open reads on: the file goes when the last has closed it.
-                path.unlink()
+def _make_room(folder: Path, left: int, room: int) -> None:
+    """Take away the copies that were read longest ago, until the others fit into `left` bytes."""
+    there = [(path.stat(), path) for path in folder.glob("*.tar")]
+    for about, path in sorted(there, key=lambda entry: -entry[0].st_mtime):
+        left -= about.st_size
+        if left < 0:
+            if time.time() - about.st_mtime < BUSY:
+                _warn_of_room(room)
+            # Whoever has it open reads on: the file goes when the last has closed it.
+            path.unlink()
 
 
 @functools.lru_cache(1)
