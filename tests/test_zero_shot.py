@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from unclip.clip import FrozenCLIP, OpenCLIP, load_clip
-from unclip.evaluation.pictures import Pictures, label_among
+from unclip.evaluation.labelled import Pictures, label_among
 from unclip.evaluation.zero_shot import (
     TEMPLATES,
     ZeroShotConfig,

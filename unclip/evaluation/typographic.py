@@ -29,7 +29,7 @@ from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.images import to_pil, to_tensor
 from unclip.data.oracle import Oracle
 from unclip.data.shapes import COLOURS, SHAPES
-from unclip.evaluation.pictures import Picture, Pictures, label_among
+from unclip.evaluation.labelled import Picture, Pictures, label_among
 from unclip.evaluation.zero_shot import (
     TEMPLATES,
     check_classes,

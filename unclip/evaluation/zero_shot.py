@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
-from unclip.evaluation.pictures import Picture, Pictures, label_among
+from unclip.evaluation.labelled import Picture, Pictures, label_among
 from unclip.evaluation.shapes import wilson
 from unclip.hub import load_clip_of
 
