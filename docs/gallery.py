@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def draw_variations(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
-    picture = scenes["circle and star"]
     images, labels = [], []
-    for eta in (0.3, 1.0):
-        drawn = variations(model, picture, eta=eta, num_images=3, **STEPS)
-        images += [picture, *drawn.images]
-        labels += ["the picture", *[f"eta {eta:g}, seed {seed}" for seed in drawn.seeds]]
+    for name in ("cross", "triangle", "circle and star"):
+        for eta in (0.3, 1.0):
+            drawn = variations(model, scenes[name], eta=eta, num_images=3, **STEPS)
+            images += [scenes[name], *drawn.images]
+            labels += ["the picture", *[f"eta {eta:g}, seed {seed}" for seed in drawn.seeds]]
     write_grid("variations", images, labels, 8)
 
 
@@ -124,12 +124,21 @@ def draw_text_diffs(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
 def draw_components(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
     assert model.pca is not None, "the model has no PCA: python -m unclip.edits fits one"
     counts = [*default_components(len(model.pca.mean))]
-    picture = scenes["square and circle"]
-    drawn = pca_reconstructions(
-        model, picture, model.pca, num_components=counts, guidance_scale=2.0, **STEPS
-    )
-    labels = [f"{count} components" for count in counts]
-    write_grid("pca", [picture, *drawn.images], ["the picture", *labels], len(counts) + 1)
+    images, labels = [], []
+    for name, num_images in (("heart", 1), ("square and circle", 2)):
+        drawn = pca_reconstructions(
+            model,
+            scenes[name],
+            model.pca,
+            num_components=counts,
+            num_images=num_images,
+            guidance_scale=2.0,
+            **STEPS,
+        )
+        for row in drawn.images.split(len(counts)):
+            images += [scenes[name], *row]
+            labels += ["the picture", *[f"{count} components" for count in counts]]
+    write_grid("pca", images, labels, len(counts) + 1)
 
 
 def draw_inpainting(model: UnCLIP, scenes: dict[str, Tensor]) -> None:

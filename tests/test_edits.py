@@ -169,6 +169,17 @@ def test_pca_reconstructions_come_nearer(model: UnCLIP, image: Tensor, pca: PCA)
     assert (cosines.diff() > 0).all() and cosines[-1] > 0.9999
 
 
+def test_pca_reconstructions_by_several_seeds(model: UnCLIP, image: Tensor, pca: PCA) -> None:
+    both = pca_reconstructions(
+        model, image, pca, num_components=[2, 16], num_images=2, seed=3, **SMALL
+    )
+    assert list(both.seeds) == [3, 3, 4, 4]
+    second = pca_reconstructions(model, image, pca, num_components=[2, 16], seed=4, **SMALL)
+    torch.testing.assert_close(both.images[2:], second.images, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="num_images must be at least 1; got 0"):
+        pca_reconstructions(model, image, pca, num_images=0, **SMALL)
+
+
 def test_a_pca_of_pictures_and_one_that_a_model_keeps(model: UnCLIP, tmp_path: Path) -> None:
     fitted = fit_pca(model, "shapes", 20)
     kept = UnCLIP(model.clip, model.prior, model.decoder, model.upsamplers, pca=fitted)

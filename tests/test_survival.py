@@ -260,6 +260,17 @@ def test_a_read_only_run_folder(
 # -------------------------------------------------------------------------------- other machines
 
 
+def test_two_runs_in_one_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "LOCK_TIMEOUT", 0.2)
+    with (
+        checkpoints.alone(tmp_path / "run"),
+        pytest.raises(ValueError, match="one process's at a time; got a run that goes on there"),
+    ):
+        train(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    train(tmp_path / "run")
+
+
 def test_another_number_of_processes_goes_on_rightly(tmp_path: Path, tiny_model: Path) -> None:
     argv = [*words("prior", tmp_path, tiny_model), "--log-every", "1", "--validate-every", "0"]
     elsewhere = [*words("prior", tmp_path, tiny_model, "moved"), *argv[4:]]

@@ -104,10 +104,11 @@ def add_arguments(verb: str, group: Any) -> None:
         choices = get_args(AnimationFormat)
         group.add_argument("--animation", choices=choices, default="gif", help=said)
     group.add_argument("--prompt", metavar="TEXT", help="a caption for the decoder (default: none)")
-    if verb not in ("invert", "pca"):
+    if verb != "invert":  # what is drawn from a latent by DDIM is one picture
         flags = ["--num-images", *(["--frames"] if verb in ("interpolate", "text-diff") else [])]
         default = NUM_IMAGES.get(verb, 1)
-        said = f"pictures (default: {default})"
+        each = " of each number of components, a seed each" if verb == "pca" else ""
+        said = f"pictures{each} (default: {default})"
         group.add_argument(*flags, type=int, default=default, metavar="N", help=said)
     number("--seed", 0, "of the first picture")
 
@@ -271,9 +272,19 @@ def _pca(model: UnCLIP, args: Any, inputs: Any, options: dict[str, Any]) -> Draw
         )
     counts = args.num_components or default_components(len(pca.mean))
     output = pca_reconstructions(
-        model, inputs["image"], pca, num_components=counts, prompt=args.prompt, **options
+        model,
+        inputs["image"],
+        pca,
+        num_components=counts,
+        num_images=args.num_images,
+        prompt=args.prompt,
+        **options,
     )
-    return Drawn(output=output, labels=[f"{count} components" for count in counts])
+    labels = [f"{count} components" for count in counts] * args.num_images
+    if args.num_images > 1:
+        pairs = zip(labels, output.seeds, strict=True)
+        labels = [f"{label}, seed {seed}" for label, seed in pairs]
+    return Drawn(output=output, labels=labels)
 
 
 def _inpaint(model: UnCLIP, args: Any, inputs: Any, options: dict[str, Any]) -> Drawn:

@@ -24,23 +24,28 @@ def pca_reconstructions(
     pca: PCA,
     *,
     num_components: Sequence[int] | None = None,
+    num_images: int = 1,
     prompt: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> CascadeOutput:
     """A picture drawn K times, each from more of its embedding's principal components and all from
-    one seed's noise.
+    one seed's noise; the same again with the next seed for each further image.
 
     Args:
         model: with a CLIP that sees pictures.
         image: [3, H, W] in [-1, 1].
         pca: fitted on embeddings of that CLIP.
         num_components: K numbers, 1 to D; None: powers of two, and D.
+        num_images: seeds, K pictures each.
         prompt, seed: as of the pipeline's call.
         options: as of the pipeline's call.
 
+    Returns:
+        num_images x K pictures, those of one seed together.
+
     Raises:
-        ValueError: the PCA is of another width, or has fewer components.
+        ValueError: `num_images` is below 1, the PCA is of another width, or has fewer components.
     """
     clip = clip_of(model)
     width = len(pca.mean)
@@ -61,8 +66,12 @@ def pca_reconstructions(
     embeds = torch.cat([pca.reconstruct(image_embed, count) for count in num_components]).cpu()
     if clip.unit_norm:
         embeds = F.normalize(embeds, dim=-1)
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
+    seeds = [seed + k for k in range(num_images) for _ in embeds]
+    embeds = embeds.repeat(num_images, 1)
     prompts = None if prompt is None else [prompt] * len(embeds)
-    return model(prompts, image_embed=embeds, seed=[seed] * len(embeds), **options)
+    return model(prompts, image_embed=embeds, seed=seeds, **options)
 
 
 def fit_pca(model: UnCLIP, data: str, num_samples: int = 10_000) -> PCA:

@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -45,6 +47,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 SUMS_NAME = "SHA256SUMS"
 PROGRESS_NAME = "progress.json"
+LOCK_TIMEOUT = 20
+"""Seconds to wait for a run's folder."""
 
 MAY_CHANGE = {
     "fresh",
@@ -89,15 +93,49 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Coll
     return "; ".join(itertools.islice(places(old, new), 5))
 
 
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Hold a run's folder, made if need be, so that no other process trains into it meanwhile.
+
+    The operating system takes the lock back from a process that ends in whatever way; the processes
+    that read data for it hold it a few seconds longer, which is waited for.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    lock = FileLock(run / ".lock", timeout=LOCK_TIMEOUT)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{run} must be one process's at a time; got a run that goes on there: wait for its "
+            "end, or choose another --run"
+        ) from error
+    except OSError as error:
+        raise unwritable(run, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def unwritable(run: Path, error: OSError) -> OSError:
+    """The same error in words."""
+    return OSError(
+        f"cannot write the run folder {run}: {error.strerror}; choose another with --run"
+    )
+
+
 def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
-    """Make the run's folder and write `config.yaml` into it, before the first step.
+    """Write `config.yaml` into a run's folder, before the first step.
 
     Raises:
         ValueError: the folder holds a run with another config.
         OSError: the folder cannot be written.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
         if fresh:
             for name in ("checkpoints", "samples"):
                 shutil.rmtree(run / name, ignore_errors=True)
@@ -115,9 +153,7 @@ def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
                 )
         path.write_text(text)
     except OSError as error:
-        raise OSError(
-            f"cannot write the run folder {run}: {error.strerror}; choose another with --run"
-        ) from error
+        raise unwritable(run, error) from error
 
 
 def latest(run: Path) -> Path | None:

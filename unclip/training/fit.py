@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def fit(
         validation: held-out samples of the same kind.
 
     Raises:
-        ValueError: the folder holds a run with another config, batch_size cannot be shared out, the
-            tracker is not installed, or too many steps in a row had no finite loss.
+        ValueError: the folder holds a run with another config, or one that is still going,
+            batch_size cannot be shared out, the tracker is not installed, or too many steps in a
+            row had no finite loss.
         OSError: the folder cannot be written, or a data worker died.
         SystemExit: with status `EXIT_STOPPED` after a signal (`unclip.training.signals`), once a
             checkpoint of the step is written.
@@ -71,14 +73,24 @@ def fit(
     )
     micro_batch_size_of(config, accelerator.num_processes)
 
-    def open_run() -> None:
-        checkpoints.open_run(run, resolved, fresh)
-        prepare_run(run)
+    with ExitStack() as held:
 
-    on_main(accelerator, open_run)
-    training = Training(accelerator, objective, dataset, config, run, resolved)
-    if validation is not None and config.validate_every:
-        training.held_out = Validation(validation, config.val_samples, training.micro_batch_size)
+        def open_run() -> None:
+            held.enter_context(checkpoints.alone(run))
+            checkpoints.open_run(run, resolved, fresh)
+            prepare_run(run)
+
+        on_main(accelerator, open_run)
+        training = Training(accelerator, objective, dataset, config, run, resolved)
+        if validation is not None and config.validate_every:
+            held_out = Validation(validation, config.val_samples, training.micro_batch_size)
+            training.held_out = held_out
+        _loop(training, dataset)
+
+
+def _loop(training: Training, dataset: Dataset[Any]) -> None:
+    """Steps, and what is due after each."""
+    accelerator, config = training.accelerator, training.config
     with stop_requests() as request, training:
         data = iter(loader(dataset, training.batches, config.num_workers))
         while training.step < config.max_steps:

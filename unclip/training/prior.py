@@ -32,7 +32,7 @@ from unclip.priors import (
     Prior,
 )
 from unclip.training.batches import first_rows
-from unclip.training.checkpoints import open_run
+from unclip.training.checkpoints import alone, open_run
 from unclip.training.finetune import (
     base_of,
     choose_trained,
@@ -237,9 +237,10 @@ def train(config: TrainPriorConfig) -> None:
 
     if isinstance(prior, LinearPrior):  # `begin` has solved it
         if PartialState().is_main_process:
-            open_run(config.run, resolved, config.fresh)
-            prepare_run(config.run)
-            prior.save(config.run / prior.stage)
+            with alone(config.run):
+                open_run(config.run, resolved, config.fresh)
+                prepare_run(config.run)
+                prior.save(config.run / prior.stage)
         return
     choose_trained(
         prior.network,
