@@ -8,13 +8,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from unclip.clip import BPE_NAME, FrozenCLIP, load_clip
 from unclip.training.clip import main
 
 SIZES = [
-    *("--embed-dim", "16", "--clip.image_size", "32", "--shapes.image_size", "32"),
+    *("--embed-dim", "16", "--clip.image_size", "32", "--source.image_size", "32"),
     *("--image-width", "8", "--image-layers", "[1,1,1,1]", "--text-width", "32"),
     *("--text-layers", "2", "--text-heads", "2", "--context-length", "12", "--num-merges", "300"),
 ]
@@ -50,6 +51,18 @@ def test_a_tiny_clip_trains(trained: Path) -> None:
     assert all(0 <= line["accuracy"] <= 1 and line["grad_norm"] > 0 for line in lines)
 
 
+def test_it_trains_on_captioned_pictures(tmp_path: Path) -> None:
+    for k in range(8):
+        Image.new("RGB", (40, 48), (30 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"picture {k}")
+    data = ["--data", str(tmp_path), "--val-data", str(tmp_path), "--validate-every", "3"]
+    crops = ["--source.image_size", "36", "--source.crop_size", "32"]
+    main([*SIZES, *FIT, *data, *crops, "--run", str(tmp_path / "run")])
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["val/accuracy"] <= 1 and last["val/loss"] > 0
+    assert load_clip(str(tmp_path / "run/clip")).image_size == 32
+
+
 def test_training_again_with_other_sizes_is_refused(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +77,7 @@ def test_training_again_with_other_sizes_is_refused(
     ("words", "said"),
     [
         (["--clip.image_size", "33"], "clip.image_size must be a multiple of 32"),
-        (["--shapes.image_size", "64"], "clip.image_size, 32 px; got shapes.image_size 64"),
+        (["--source.image_size", "64"], "clip.image_size, 32 px; got 64: set source.image_size to"),
         (["--run", f"{__file__}/run"], "cannot write the run folder"),
     ],
 )

@@ -1,8 +1,8 @@
 """Train a small CLIP by the symmetric contrastive loss: `python -m unclip.training.clip`.
 
-For use where nothing can be downloaded; the classes and the loss are open_clip's. Scenes come in
-runs of near-copies (`shapes.variants`), so that a batch holds hard negatives and the towers have to
-bind each colour to its shape and its place.
+For use where nothing can be downloaded; the classes and the loss are open_clip's. It learns from
+any captioned pictures. The built-in world's scenes come in runs of near-copies (`shapes.variants`),
+so that a batch holds hard negatives and the towers have to bind each colour to its shape and place.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from unclip.checkpoint import save_weights, written_whole
 from unclip.clip import BPE_NAME, load_openclip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
-from unclip.data.shapes import ShapesConfig, ShapesDataset
+from unclip.data.embeddings import is_embedding_folder
+from unclip.data.shapes import ShapesConfig
+from unclip.data.source import SourceConfig, open_source
 from unclip.training.fit import FitConfig, Objective, fit
+from unclip.training.validation import held_out_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +91,28 @@ class TrainCLIPConfig:
     """Folder of a CLIP of the same sizes to start from; None starts at random."""
     clip: SmallCLIPConfig = field(default_factory=SmallCLIPConfig)
     """Sizes."""
-    shapes: ShapesConfig = field(default_factory=lambda: ShapesConfig(variants=4, seed=1))
-    """The world to train on."""
+    source: SourceConfig = field(
+        default_factory=lambda: SourceConfig(shapes=ShapesConfig(variants=4, seed=1))
+    )
+    """What to train on."""
+    val_data: str | None = None
+    """Held-out pictures, a source as `source.data` names one; None is the shapes world's held-out
+    split where that is trained on, else nothing."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The loop."""
 
     def __post_init__(self) -> None:
-        if self.shapes.image_size != self.clip.image_size or self.shapes.crop_size is not None:
+        side = self.source.crop_size or self.source.image_size
+        if side != self.clip.image_size:
             raise ValueError(
-                f"shapes must give whole pictures of clip.image_size, {self.clip.image_size} px; "
-                f"got shapes.image_size {self.shapes.image_size} and crop_size "
-                f"{self.shapes.crop_size}: use {self.clip.image_size} and null"
+                f"source must give pictures of clip.image_size, {self.clip.image_size} px; got "
+                f"{side}: set source.image_size to {self.clip.image_size}, or source.crop_size, "
+                "which cuts that out of larger ones at random"
+            )
+        for name in filter(is_embedding_folder, self.source.names):
+            raise ValueError(
+                f"source.data must hold pictures to train a CLIP on; got {name}, a folder of "
+                "embeddings: name what they were made of"
             )
 
 
@@ -182,11 +196,12 @@ def train(config: TrainCLIPConfig) -> None:
             start_from(objective.network, other.model, config.init, "clip")
         fit(
             objective,
-            ShapesDataset(config.shapes),
+            open_source(config.source),
             config.fit,
             config.run,
             resolved=to_dict(config),
             fresh=config.fresh,
+            validation=held_out_data(config.source, config.val_data),
         )
 
 
