@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import processes
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,7 +22,7 @@ from test_diffusers_format import karlo as diffusers_karlo  # noqa: F401
 from test_glide import folder as glide_files  # noqa: F401
 from test_glide import vocabulary  # noqa: F401
 from test_karlo import folder as karlo_files  # noqa: F401
-from test_training import DECODER, FIT, PRIOR, STAGES, UPSAMPLER, launch
+from test_training import DECODER, FIT, PRIOR, STAGES, UPSAMPLER
 from torch import nn
 
 from unclip.config import from_dict, to_dict
@@ -384,11 +385,9 @@ def test_two_processes_train_an_adapter(tiny_model: Path, tmp_path: Path) -> Non
     config.write_text(PRIOR + FIT)
     words = ["--config", str(config), "--run", str(tmp_path / "run")]
     words += ["--init", str(tiny_model), "--lora.rank", "2", "--max-steps", "2"]
-    launch(["--multi_gpu", "--main_process_port", "0"], "train_prior.py", words)
+    processes.run(2, STAGES["prior"][0], [words], tmp_path / "logs")
     assert (tmp_path / "run/lora/adapter_model.safetensors").is_file()
-    launch(
-        ["--multi_gpu", "--main_process_port", "0"], "train_prior.py", [*words, "--max-steps", "4"]
-    )
+    processes.run(2, STAGES["prior"][0], [[*words, "--max-steps", "4"]], tmp_path / "logs")
     assert (tmp_path / "run/checkpoints/step-0000004").is_dir()
 
 

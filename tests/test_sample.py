@@ -282,29 +282,17 @@ def test_a_way_between_two_is_a_strip_and_an_animation(
     assert len(outputs(tmp_path)) == 5
 
 
+PCA = ["--data", "shapes", "--num-samples", "20"]
+
+
 @pytest.mark.parametrize(
     ("words", "count"),
     [
         (["interpolate", "CAT", "a red circle", "--at", "0.3"], 1),
         (["interpolate", "CAT", "CAT", "--fixed-noise", "--frames", "2"], 4),
         (["text-diff", "CAT", "--from", "a cat", "--to", "a dog", "--frames", "2"], 4),
-        (["pca", "CAT", "--data", "shapes", "--num-samples", "20", "--num-components", "2"], 1),
-        (
-            [
-                "pca",
-                "CAT",
-                "--data",
-                "shapes",
-                "--num-samples",
-                "20",
-                "--num-images",
-                "2",
-                "--num-components",
-                "2",
-                "4",
-            ],
-            4,
-        ),
+        (["pca", "CAT", *PCA, "--num-components", "2"], 1),
+        (["pca", "CAT", *PCA, "--num-components", "2", "4", "--num-images", "2"], 5),
         (["inpaint", "CAT", "--mask", "MASK", "--num-resamples", "2", "--jump-length", "1"], 1),
         (["inpaint", "CAT", "--mask", "MASK", "--prompt", "a cat", "--num-images", "2"], 3),
         (["upscale", "CAT"], 1),
