@@ -260,6 +260,24 @@ def test_a_read_only_run_folder(
 # -------------------------------------------------------------------------------- other machines
 
 
+def test_a_run_that_is_stopped_while_it_writes_its_config_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, max_steps=2)
+
+    def cut_off(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, max_steps=4)
+    monkeypatch.undo()
+    train(tmp_path, max_steps=4)
+    assert 4 in trace(tmp_path)
+
+
 def test_two_runs_in_one_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "LOCK_TIMEOUT", 0.2)
     with (

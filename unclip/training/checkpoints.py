@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from unclip.checkpoint import written_file
 from unclip.training.ema import Average
 from unclip.training.parallel import from_main, on_main
 from unclip.training.tracking import WANDB_ID
@@ -151,7 +152,8 @@ def open_run(run: Path, resolved: Mapping[str, Any], fresh: bool) -> None:
                     f"{run} holds a run with another config ({changed}): "
                     "pass the same config, another --run, or --fresh to start over"
                 )
-        path.write_text(text)
+        with written_file(path) as aside:
+            aside.write_text(text)
     except OSError as error:
         raise unwritable(run, error) from error
 

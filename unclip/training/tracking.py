@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from unclip.checkpoint import written_file
+
 log = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_run_id"
@@ -96,7 +98,10 @@ class Tracking:
             )
             import wandb
 
-            wandb.teardown()  # or it takes the run for one that is still on its way
+            # Or wandb's service takes the run for one that is still on its way, in this process and
+            # where another has started the service.
+            wandb.teardown()
+            os.environ.pop("WANDB_SERVICE", None)
             os.environ["WANDB_MODE"] = "offline"
             options["wandb"]["mode"] = "offline"
             accelerator.init_trackers("unclip", _flat(resolved), options)
@@ -129,7 +134,8 @@ def _wandb_options(run: Path) -> dict[str, Any]:
 
     path = run / WANDB_ID
     if not path.is_file():
-        path.write_text(secrets.token_hex(4))
+        with written_file(path) as aside:
+            aside.write_text(secrets.token_hex(4))
     return {
         "dir": str(run),
         "name": run.name,
