@@ -13,7 +13,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -43,6 +41,7 @@ from unclip.data.source import SourceConfig, open_source, sources_of
 from unclip.hub import load_clip_of
 from unclip.training.batches import collate
 from unclip.training.checkpoints import differences
+from unclip.training.parallel import patient_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -293,13 +292,7 @@ def embed(config: EmbedConfig) -> None:
             embeddings; too many samples cannot be read; an embedding does not fit into fp16.
         OSError: the folder cannot be written.
     """
-    # A process that has done its pieces waits for the slowest: longer than a collective may.
-    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[patience],
-    )
+    accelerator = patient_accelerator(config.mixed_precision)
     clip = load_clip_of(config.clip)
     size = max(config.source.image_size, clip.required_image_size())
     config = replace(config, source=replace(config.source, image_size=size))

@@ -6,12 +6,14 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +65,16 @@ def make_accelerator(
             "the CPU: CUDA_VISIBLE_DEVICES= accelerate launch --multi_gpu --num_processes N SCRIPT"
         )
     return accelerator
+
+
+def patient_accelerator(mixed_precision: Literal["no", "fp16", "bf16"] = "no") -> Accelerator:
+    """Accelerate's view of processes that work through a share each: one that has done its own
+    waits for the slowest, longer than a collective may elsewhere."""
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))],
+    )
 
 
 def _asked_for(name: str) -> bool:
