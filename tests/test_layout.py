@@ -42,10 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"pipeline"},  # unclip/__init__.py itself
     # What is run by `python -m` puts rooms together as the scripts do, and nobody imports it.
     "embed": {"training"},
+    "evaluate": {"config", "evaluation", "training"},
     "plan": FOUNDATION | LEAVES | STAGES | {"hub", "training"},
     "data.__main__": FOUNDATION | {"data", "hub"},
 }
-COMMANDS = {"embed", "plan", "data.__main__"}
+COMMANDS = {"embed", "evaluate", "plan", "data.__main__"}
 
 # Library -> the only room that knows it.
 EXCLUSIVE = {"accelerate": "training", "peft": "lora"}
