@@ -98,6 +98,7 @@ def test_a_result_folder_holds_all_that_repeats_it(straight: Path, tiny_model: P
     assert result["format"] == 1 and result["model"]["name"] == str(tiny_model)
     assert result["protocol_sha256"] == digest(result["protocol"])
     assert result["protocol"]["cascade"]["decoder_steps"] == 2
+    assert result["command"][:3] == ["python", "-m", "unclip.evaluate"]
     assert "out" not in result["protocol"] and "model" not in result["protocol"]
     pipe = UnCLIP.from_pretrained(str(tiny_model))
     stages = {"clip": pipe.clip, "prior": pipe.prior, "decoder": pipe.decoder}
@@ -135,6 +136,7 @@ def test_each_metric_has_a_value_or_a_reason(straight: Path) -> None:
             None,
         )
     assert metrics["fd_clip"]["settings"]["reference_count"] == 12
+    assert len(metrics["fd_clip"]["settings"]["reference_sha256"]) == 64
     assert metrics["fd_clip"]["weights"] == {
         f"{result_of(straight)['model']['name']}'s CLIP": result_of(straight)["model"]["stages"][
             "clip"
@@ -241,6 +243,9 @@ def test_a_count_mismatch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     (folder / "x.png").write_bytes(b"no picture")
     said = refused(capsys, *words(tmp_path / "out", "--pictures", str(folder)))
     assert "x.png cannot be read" in said
+    shutil.copy(folder / "0.png", folder / "x.png")  # mended: the same command goes on
+    main(words(tmp_path / "out", "--pictures", str(folder), "--metrics", "oracle_all"))
+    assert (tmp_path / "out/result.json").is_file()
     said = refused(capsys, *words(tmp_path / "new", "--pictures", str(tmp_path / "none")))
     assert "pictures must be a folder" in said
 
@@ -275,6 +280,14 @@ def test_a_reference_of_another_size_is_refused(
     assert result["metrics"]["fd_clip"]["settings"]["resize_to"] == 16
     said = refused(capsys, *command, "--reference.count", "11")
     assert "reference.count must not exceed the pictures" in said and "10; got 11" in said
+    found = result["metrics"]["fd_clip"]["settings"]["reference_sha256"]
+    main([*command, "--resize.side", "16", "--reference.sha256", found[:8]])
+    said = refused(capsys, *command, "--resize.side", "16", "--reference.sha256", "beef")
+    assert "reference.sha256 must be that of the set; got beef" in said and found in said
+    # The pictures that were taken must be those that are there.
+    shutil.copy(drawn / "1.png", drawn / "0.png")
+    said = refused(capsys, *command, "--resize.side", "16")
+    assert "where pictures_state is" in said
 
 
 def test_pictures_that_are_not_finite_are_refused(
@@ -299,6 +312,9 @@ def test_pictures_that_are_not_finite_are_refused(
         (("--metrics", "inception_score", "--settings.inception_splits", "11"), "inception_splits"),
         (("--metrics", "recall", "--settings.neighbours", "10"), "neighbours must not exceed 9"),
         (("--metrics", "r_precision", "--settings.r_precision_captions", "11"), "10 distinct capt"),
+        (("--metrics", "kid", "--reference.count", "4"), "for kid of 4 reference pictures"),
+        (("--reference.data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--num", "11"), "num must not exceed the captions, 10; got 11"),
         (("--metrics", "fid", "--num", "1"), "num must give at least 2 pictures for fid; got 1"),
         (("--metrics", "prior_frechet", "--num", "7"), "num must be at least 8 for prior_frechet"),
         (("--metrics", "fids"), "metrics must be names that are known; got 'fids': did you mean"),
@@ -369,7 +385,8 @@ def test_diversity_is_measured_among_samples_of_a_caption(tiny_model: Path, tmp_
     command = words(tmp_path / "out", "--model", str(tiny_model), "--num", "2")
     command += ["--samples-per-caption", "2", "--cascade.size", "64"]
     command += ["--cascade.upsampler_steps", "1"]
-    main([*command, "--metrics", "lpips_diversity", "--lpips.weights", str(alexnet)])
+    command += ["--metrics", "lpips_diversity", "--lpips.weights", str(alexnet)]
+    main(command)
     found = result_of(tmp_path / "out")["metrics"]["lpips_diversity"]
     assert found["value"] > 0 and found["count"] == 2
     assert found["settings"]["samples_per_caption"] == 2 and "alexnet.pth" in found["weights"]

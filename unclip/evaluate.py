@@ -7,6 +7,7 @@ again goes on from the pictures that are there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from unclip.config import one_line_errors, parse
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         crew = Crew(
             accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
         )
-        result = evaluate(config, crew, str(accelerator.device))
+        words = sys.argv[1:] if argv is None else argv
+        command = ["python", "-m", "unclip.evaluate", *words]
+        result = evaluate(config, crew, str(accelerator.device), command)
         if result is not None:
             print(f"{format_result(result)}\n{config.out / 'result.json'}")
         accelerator.end_training()

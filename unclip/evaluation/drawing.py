@@ -7,7 +7,9 @@ a share each.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from unclip.pipeline import CascadeOptions, UnCLIP
 
 DRAWING = "drawing.json"
 """How a folder's pictures are drawn, written before the first of them."""
+RESULT = "result.json"
+"""What was measured; a folder without it is unfinished."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ def image_name(position: int) -> str:
 def open_folder(folder: Path, values: Mapping[str, Any]) -> None:
     """Write how pictures are drawn into a new folder, or see that one that is there goes on so.
 
+    An unfinished folder of pictures from elsewhere is begun again: those are copies, and what
+    stopped the command may have been mended among the originals.
+
     Raises:
         ValueError: the folder holds pictures drawn in another way, or something else.
         OSError: it cannot be written.
@@ -55,6 +62,10 @@ def open_folder(folder: Path, values: Mapping[str, Any]) -> None:
     path = folder / DRAWING
     if path.is_file():
         there = json.loads(path.read_text())
+        if "pictures" in there and "pictures" in values and not (folder / RESULT).is_file():
+            shutil.rmtree(folder / "images", ignore_errors=True)
+            path.unlink()
+            return open_folder(folder, values)
         if (change := _difference(there, json.loads(json.dumps(values)))) is not None:
             name, old, new = change
             raise ValueError(
@@ -141,6 +152,13 @@ def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with written_file(path) as aside:
         picture.save(aside, "png")
+
+
+def files_state(source: Path) -> str:
+    """Another text where a folder's pictures are others, by their names, sizes and times."""
+    states = [(path, path.stat()) for path in picture_files(source)]
+    lines = [f"{path.relative_to(source)} {s.st_size} {s.st_mtime_ns}\n" for path, s in states]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def take(source: Path, items: Sequence[Item], folder: Path) -> str:

@@ -306,7 +306,13 @@ class LPIPS:
 
     @torch.no_grad()
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
-        """[B] of pictures [B, 3, H, W] of 8 bits, as they are."""
+        """[B] of pictures [B, 3, H, W] of 8 bits, as they are; raises ValueError where they are
+        smaller than its trunk can see."""
+        if min(a.shape[-2:]) < 32:
+            raise ValueError(
+                f"pictures must be at least 32 px for lpips_diversity; got {min(a.shape[-2:])}: "
+                "set resize.side 64"
+            )
         x, y = (pictures.to(self.device).float() / 127.5 - 1 for pictures in (a, b))
         distances: Tensor = self.model(x, y).flatten()
         return distances.float().cpu()

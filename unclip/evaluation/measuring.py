@@ -68,12 +68,15 @@ class Repeats:
 
     def __init__(self, what: str) -> None:
         self.what, self.seen, self.count = what, set[bytes](), 0
+        self.all = hashlib.sha256()
 
     def watch(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         for part in parts:
             for picture in part:
                 self.count += 1
-                self.seen.add(hashlib.sha256(picture.numpy().tobytes()).digest())
+                one = hashlib.sha256(picture.numpy().tobytes()).digest()
+                self.seen.add(one)
+                self.all.update(one)
             yield part
 
     def check(self, allowed: float) -> None:
@@ -94,26 +97,36 @@ def encoder_of(metric: str, protocol: Protocol) -> str | None:
     return OF_ENCODER.get(metric)
 
 
-def check_counts(protocol: Protocol, pictures: int, captions: Sequence[Item]) -> None:
+def check_counts(
+    protocol: Protocol, pictures: int, captions: Sequence[Item], reference: int | None
+) -> None:
     """Raise ValueError where a metric needs more than there will be: before hours of drawing.
 
     Args:
         protocol: what is to be measured.
         pictures: how many will be drawn.
         captions: all of the protocol's, drawn or not.
+        reference: how many real ones there are.
     """
+    if protocol.num is not None and protocol.num > len(captions):
+        raise ValueError(
+            f"num must not exceed the captions, {len(captions)}; got {protocol.num}: lower it, or "
+            "give more captions"
+        )
     settings = protocol.settings
     texts = len({" ".join(item.caption.casefold().split()) for item in captions})
+    fewest = pictures if reference is None else min(pictures, reference)
     needs = (
-        ("kid", "settings.kid_subset_size", settings.kid_subset_size, pictures, 0),
+        ("kid", "settings.kid_subset_size", settings.kid_subset_size, fewest, 0),
         ("inception_score", "settings.inception_splits", settings.inception_splits, pictures, 0),
-        ("precision", "settings.neighbours", settings.neighbours, pictures, 1),
-        ("recall", "settings.neighbours", settings.neighbours, pictures, 1),
+        ("precision", "settings.neighbours", settings.neighbours, fewest, 1),
+        ("recall", "settings.neighbours", settings.neighbours, fewest, 1),
         ("r_precision", "settings.r_precision_captions", settings.r_precision_captions, texts, 0),
     )
     for metric, name, value, there, spare in needs:
         if metric in protocol.metrics and value + spare > there:
             what = "distinct captions" if metric == "r_precision" else "pictures"
+            what = what if there in (pictures, texts) else "reference pictures"
             raise ValueError(
                 f"{name} must not exceed {there - spare} for {metric} of {there} {what}; got "
                 f"{value}: use more {what}, or lower it"
@@ -130,6 +143,15 @@ def check_counts(protocol: Protocol, pictures: int, captions: Sequence[Item]) ->
         )
 
 
+def reference_ids(protocol: Protocol, reference: RealPictures, items: Sequence[Item]) -> list[str]:
+    """Of the real pictures that sets of drawn ones are held against; raises ValueError where there
+    are fewer than `reference.count`."""
+    config = protocol.reference
+    if config.which == "captions":
+        return list(dict.fromkeys(item.id for item in items))[: config.count]
+    return reference.some(config.start, config.count)
+
+
 class Measuring:
     """One folder's pictures under one protocol."""
 
@@ -139,16 +161,18 @@ class Measuring:
         folder: Path,
         items: Sequence[Item],
         captions: Sequence[Item],
+        reference: RealPictures | None,
         pipe: UnCLIP | None,
         model: str,
         device: str,
     ) -> None:
-        """Look at the pictures' size and find the reference.
+        """Look at the pictures' size.
 
         Args:
             protocol: what is measured.
             folder: with the pictures.
             items: of each picture. captions: all of the protocol's.
+            reference: real pictures, where there are some.
             pipe: the model, where there is one. model: its name.
             device: where networks run.
         """
@@ -158,6 +182,10 @@ class Measuring:
         self.out = Measured()
         first = fitted(read_bits(folder / image_name(0)), protocol.resize)
         self.size = (first.shape[-2], first.shape[-1])
+        self._reference = reference
+        if reference is not None:
+            reference.side = self.size[0]
+        self._reference_sha256 = ""
         self._encoders: dict[str, Encoder | Unavailable] = {}
 
     # ------------------------------------------------------------------------------- pictures
@@ -171,23 +199,14 @@ class Measuring:
 
         return batches(names, read, self.protocol.resize, self.size, "pictures", BATCH)
 
-    @cached_property
+    @property
     def reference(self) -> RealPictures:
         """Where real pictures come from."""
-        data = self.protocol.reference.data
-        if data is None:
+        if self._reference is None:
             raise Unavailable(
                 "reference.data names no real pictures: --reference.data FOLDER, tars or a data set"
             )
-        return RealPictures(data, self.protocol.captions, self.size[0])
-
-    @cached_property
-    def reference_ids(self) -> list[str]:
-        """Of the real pictures that sets of drawn ones are held against."""
-        config = self.protocol.reference
-        if config.which == "captions":
-            return list(dict.fromkeys(item.id for item in self.items))[: config.count]
-        return self.reference.some(config.start, config.count)
+        return self._reference
 
     def real(self, ids: Sequence[str], source: RealPictures | None = None) -> Iterator[Tensor]:
         """Real pictures by id [B, 3, H, W] of 8 bits."""
@@ -235,13 +254,25 @@ class Measuring:
         repeats.check(self.protocol.max_repeated)
         self.out.features = {name: {"features": tensor} for name, tensor in parts.items()}
         of_sets &= usable.keys()
-        if of_sets and self.protocol.reference.data is not None:
+        if of_sets and self._reference is not None:
             repeats = Repeats("reference")
-            seen = repeats.watch(self.real(self.reference_ids))
+            ids = reference_ids(self.protocol, self._reference, self.items)
+            seen = repeats.watch(self.real(ids))
             real = _encoded(seen, {name: usable[name] for name in usable if name in of_sets})
             repeats.check(self.protocol.max_repeated)
+            self._check_reference(repeats.all.hexdigest())
             for name, tensor in real.items():
                 self.out.features[name]["reference"] = tensor
+
+    def _check_reference(self, found: str) -> None:
+        expected = self.protocol.reference.sha256
+        if expected is not None and not found.startswith(expected.lower()):
+            raise ValueError(
+                f"reference.sha256 must be that of the set; got {expected} for "
+                f"{self.reference.data!r}, whose pictures have {found}: take the protocol's own "
+                "set, or state another hash"
+            )
+        self._reference_sha256 = found
 
     def _try(self, name: str) -> Encoder | None:
         try:
@@ -294,7 +325,11 @@ class Measuring:
         return measure()
 
     def _against(self, real: Tensor) -> dict[str, Any]:
-        return {"reference_count": len(real), "resize_to": self.protocol.resize.side}
+        return {
+            "reference_count": len(real),
+            "reference_sha256": self._reference_sha256,
+            "resize_to": self.protocol.resize.side,
+        }
 
     def _fd(self, metric: str) -> dict[str, Any]:
         drawn, real = self.sets(metric.removeprefix("fd_"))

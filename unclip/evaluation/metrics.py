@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 4096
+CHUNK = 1024
 """Rows of a matrix of distances at a time."""
 
 

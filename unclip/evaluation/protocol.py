@@ -93,6 +93,9 @@ class ReferenceConfig:
     """Of `shapes`: the first scene."""
     count: int | None = None
     """Use only so many; None: all there are."""
+    sha256: str | None = None
+    """What the hash of the set begins with, as a result file states it: of its pictures' 8 bits
+    when they have been resized. Another set is an error."""
     floor: str | None = None
     """More real pictures, whose distance to the captions' own is the prior's floor; None takes
     those of `data` that are no caption's own."""

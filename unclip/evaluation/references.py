@@ -48,26 +48,26 @@ class RealPictures:
 
     Attributes:
         ids: of all of them, in order; for `shapes`, which has no end, None.
+        side: of the shapes world's pictures, px.
     """
 
-    def __init__(self, data: str, captions: CaptionsConfig, side: int) -> None:
+    def __init__(self, data: str, captions: CaptionsConfig, side: int = 64) -> None:
         """Find the pictures.
 
         Args:
             data: as `ReferenceConfig.data`.
             captions: how captions are read, where the source has some.
-            side: of the shapes world's pictures, px.
+            side: as the attribute.
 
         Raises:
             FileNotFoundError, ValueError: there is no such source, or no picture in it.
         """
-        self.data = data
+        self.data, self.side = data, side
         self.ids: list[str] | None = None
         self._world: ShapesConfig | None = None
         self._rows: dict[str, Callable[[], Tensor]] = {}
         if data == "shapes":
             self._world = captions.shapes
-            self._side = side
             return
         for id, read in self._found(Path(data), captions):
             self._rows.setdefault(plain_id(id), read)
@@ -93,7 +93,7 @@ class RealPictures:
         """
         if self._world is not None:
             scene, _ = draw_scene(self._world, shapes_index(id))
-            return render([scene], self._side)[0]
+            return render([scene], self.side)[0]
         if plain_id(id) not in self._rows:
             raise ValueError(
                 f"reference.data must hold a picture of each caption's id; got {self.data!r} "

@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,19 @@ from torch import nn
 from unclip import __version__
 from unclip.checkpoint import written_file
 from unclip.evaluation.captions import Item, list_captions, list_sha256
-from unclip.evaluation.drawing import Crew, draw, image_name, open_folder, take
+from unclip.evaluation.drawing import (
+    RESULT,
+    Crew,
+    draw,
+    files_state,
+    image_name,
+    open_folder,
+    take,
+)
 from unclip.evaluation.encoders import weights_sha256
-from unclip.evaluation.measuring import Measured, Measuring, check_counts
+from unclip.evaluation.measuring import Measured, Measuring, check_counts, reference_ids
 from unclip.evaluation.protocol import Protocol, digest, protocol_values
+from unclip.evaluation.references import RealPictures
 from unclip.pipeline import UnCLIP
 
 log = logging.getLogger(__name__)
@@ -85,11 +93,14 @@ class EvaluateConfig(Protocol):
             )
 
 
-def evaluate(config: EvaluateConfig, crew: Crew, device: str) -> dict[str, Any] | None:
+def evaluate(
+    config: EvaluateConfig, crew: Crew, device: str, command: Sequence[str]
+) -> dict[str, Any] | None:
     """Draw what is missing, measure, and write the result folder.
 
     Args:
         config: a protocol and what is measured by it.
+        command: what is run, for the result file.
         crew: the processes; each draws its share, the main one measures.
         device: where this process's networks run, unless the config says.
 
@@ -107,7 +118,10 @@ def evaluate(config: EvaluateConfig, crew: Crew, device: str) -> dict[str, Any] 
     each = config.samples_per_caption
     items = [item for item in captions[: config.num] for _ in range(each)]
     seeds = [config.seed + k for k in range(len(items))]
-    check_counts(config, len(items), captions)
+    data = config.reference.data
+    reference = None if data is None else RealPictures(data, config.captions)
+    ids = None if reference is None else reference_ids(config, reference, items)
+    check_counts(config, len(items), captions, None if ids is None else len(ids))
     pipe = _load(config, device)
     stages = {} if pipe is None else stages_of(pipe)
     model: dict[str, Any] = {"name": model_name(config), "stages": stages}
@@ -125,7 +139,9 @@ def evaluate(config: EvaluateConfig, crew: Crew, device: str) -> dict[str, Any] 
     if not crew.is_main:
         return None
     began = time.perf_counter()
-    measuring = Measuring(config, config.out, items, captions, pipe, model["name"], device)
+    measuring = Measuring(
+        config, config.out, items, captions, reference, pipe, model["name"], device
+    )
     measured = measuring.measure()
     seconds["measuring"] = time.perf_counter() - began
     result = {
@@ -138,7 +154,7 @@ def evaluate(config: EvaluateConfig, crew: Crew, device: str) -> dict[str, Any] 
         "tables": measured.tables,
         "seconds": seconds,
         "versions": versions(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": list(command),
         "device": device_name(device),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -195,6 +211,7 @@ def _drawing(
             "captions_sha256": list_sha256(items),
             "count": len(items),
             "pictures": str(config.pictures),
+            "pictures_state": files_state(config.pictures),
         }
     values = protocol_values(config)
     return {
@@ -252,7 +269,7 @@ def write(
     _write(folder / "samples.jsonl", text.encode())
     # A number that is none is a defect, and no JSON.
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(folder / "result.json", text.encode())
+    _write(folder / RESULT, text.encode())
 
 
 def _write(path: Path, data: bytes) -> None:
