@@ -381,7 +381,8 @@ def test_diversity_is_measured_among_samples_of_a_caption(tiny_model: Path, tmp_
 
     torch.manual_seed(0)
     alexnet = tmp_path / "alexnet.pth"
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), alexnet)
+    trunk = torchvision.models.alexnet(weights=None).features.state_dict(prefix="features.")
+    torch.save(trunk, alexnet)
     command = words(tmp_path / "out", "--model", str(tiny_model), "--num", "2")
     command += ["--samples-per-caption", "2", "--cascade.size", "64"]
     command += ["--cascade.upsampler_steps", "1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,7 @@ def list_captions(config: CaptionsConfig) -> list[Item]:
     items = _all(config)
     known = {item.id: item for item in items}
     if len(known) < len(items):
-        seen: set[str] = set()
-        twice = next(i.id for i in items if i.id in seen or seen.add(i.id))  # type: ignore[func-returns-value]
+        twice = Counter(item.id for item in items).most_common(1)[0][0]
         raise ValueError(
             f"captions.data must have an id a picture; got {twice!r} twice in {config.data!r}: "
             "leave one out"

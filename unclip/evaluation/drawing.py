@@ -124,7 +124,7 @@ def draw(
     """
     todo = missing(folder, len(items))[crew.index :: crew.count]
     seconds: dict[str, float] = {}
-    with tqdm(total=len(todo), unit="picture", disable=not crew.is_main) as bar:
+    with tqdm(total=len(todo), unit="picture", disable=not (todo and crew.is_main)) as bar:
         for start in range(0, len(todo), batch_size):
             rows = todo[start : start + batch_size]
             drawn = pipe(

@@ -79,6 +79,8 @@ class EvaluateConfig(Protocol):
     """Pictures drawn at a time, on each process."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the networks that draw."""
+    offload: bool = False
+    """Keep each stage on the CPU but while it works: slower, in the memory of the largest."""
     device: str | None = None
     """Where networks run; None takes what Accelerate found."""
 
@@ -125,6 +127,8 @@ def evaluate(
     pipe = _load(config, device)
     stages = {} if pipe is None else stages_of(pipe)
     model: dict[str, Any] = {"name": model_name(config), "stages": stages}
+    if pipe is not None:
+        model["dtype"] = config.dtype
     if crew.is_main:
         open_folder(config.out, _drawing(config, items, seeds, stages))
     crew.wait()
@@ -172,6 +176,7 @@ def _load(config: EvaluateConfig, device: str) -> UnCLIP | None:
         upsampler=config.upsampler,
         device=device,
         dtype=getattr(torch, config.dtype),
+        offload=config.offload,
     )
 
 
