@@ -335,6 +335,20 @@ def test_too_little_and_out_of_range_is_refused_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_refused_before_the_first_picture_can_be_mended(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"id": "a", "caption": "a red circle"}\n{"id": "b", "caption": " "}\n')
+    command = words(tmp_path / "out", "--model", str(tiny_model), "--captions.data", str(listed))
+    command += ["--metrics", "clip_score"]
+    assert "the caption of b must not be empty" in refused(capsys, *command)
+    listed.write_text('{"id": "a", "caption": "a red circle"}\n')
+    assert "size must be" in refused(capsys, *command, "--cascade.size", "17")
+    main(command)
+    assert result_of(tmp_path / "out")["metrics"]["clip_score"]["count"] == 1
+
+
 def test_a_model_or_pictures_must_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,8 +52,8 @@ def image_name(position: int) -> str:
 def open_folder(folder: Path, values: Mapping[str, Any]) -> None:
     """Write how pictures are drawn into a new folder, or see that one that is there goes on so.
 
-    An unfinished folder of pictures from elsewhere is begun again: those are copies, and what
-    stopped the command may have been mended among the originals.
+    One without a picture is begun again, and so is an unfinished one of pictures from elsewhere:
+    those are copies, and what stopped the command may have been mended among the originals.
 
     Raises:
         ValueError: the folder holds pictures drawn in another way, or something else.
@@ -62,7 +62,9 @@ def open_folder(folder: Path, values: Mapping[str, Any]) -> None:
     path = folder / DRAWING
     if path.is_file():
         there = json.loads(path.read_text())
-        if "pictures" in there and "pictures" in values and not (folder / RESULT).is_file():
+        copies = "pictures" in there and "pictures" in values
+        unfinished = copies and not (folder / RESULT).is_file()
+        if unfinished or not any(folder.glob("images/*.png")):
             shutil.rmtree(folder / "images", ignore_errors=True)
             path.unlink()
             return open_folder(folder, values)

@@ -42,7 +42,7 @@ from unclip.evaluation.encoders import weights_sha256
 from unclip.evaluation.measuring import Measured, Measuring, check_counts, reference_ids
 from unclip.evaluation.protocol import Protocol, digest, protocol_values
 from unclip.evaluation.references import RealPictures
-from unclip.pipeline import UnCLIP
+from unclip.pipeline import UnCLIP, check_prompt
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ def evaluate(
     reference = None if data is None else RealPictures(data, config.captions)
     ids = None if reference is None else reference_ids(config, reference, items)
     check_counts(config, len(items), captions, None if ids is None else len(ids))
+    if config.pictures is None:
+        for item in items:
+            check_prompt(item.caption, f"the caption of {item.id}")
     pipe = _load(config, device)
     stages = {} if pipe is None else stages_of(pipe)
     model: dict[str, Any] = {"name": model_name(config), "stages": stages}
