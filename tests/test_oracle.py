@@ -11,6 +11,7 @@ import torch
 from unclip.data.captions import Caption
 from unclip.data.oracle import SHIPPED, Oracle, OracleConfig, Reading
 from unclip.data.shapes import Scene, SceneObject, ShapesConfig, draw_scene, render
+from unclip.evaluation.intervals import wilson
 from unclip.evaluation.shapes import (
     OracleCheckConfig,
     check_oracle,
@@ -21,7 +22,6 @@ from unclip.evaluation.shapes import (
     score,
     score_picture,
     tabulate,
-    wilson,
 )
 from unclip.training.oracle import AugmentConfig, OracleObjective, ReadableShapes, augment
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from unclip.data.shapes import (
     draw_scene,
     render,
 )
+from unclip.evaluation.intervals import wilson
 from unclip.pipeline import CascadeOptions, UnCLIP
 
 METRICS = ("shape", "colour", "place", "all", "size", "count")
@@ -43,18 +43,6 @@ INSIDE = 0.15
 """How near two centres must lie for one object to be inside the other, whose radius is 0.36."""
 
 Table = dict[str, dict[str, Any]]
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a fraction `hits` / `count`; (0, 1) when nothing was counted.
-
-    (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n), Wilson 1927.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    p, zz = hits / count, z * z / count
-    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / count + zz / (4 * count))
-    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
 
 
 # --- one picture ----------------------------------------------------------------------------------

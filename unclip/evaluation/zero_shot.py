@@ -25,8 +25,8 @@ from torch import Tensor
 
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
+from unclip.evaluation.intervals import wilson
 from unclip.evaluation.labelled import Picture, Pictures, label_among
-from unclip.evaluation.shapes import wilson
 from unclip.hub import load_clip_of
 
 TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
