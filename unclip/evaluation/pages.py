@@ -1,0 +1,61 @@
+"""HTML pages of one file: pictures, style and script inlined, nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from unclip.checkpoint import written_file
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this room's `templates` folder; whatever is put in is escaped."""
+    environment = Environment(
+        loader=PackageLoader("unclip.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    style = environment.get_template("style.css").render()
+    return environment.get_template(template).render(style=style, **values)
+
+
+def write_page(page: str, out: Path) -> None:
+    """Write a page, whole or not at all."""
+    with written_file(out) as path:
+        path.write_text(page, encoding="utf-8")
+
+
+def number(value: float | None) -> str:
+    """A number of a table: four digits that mean something."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def inlined(picture: Path | Image.Image, side: int) -> str:
+    """A picture as the `src` of an `img`, as it is where its longer side is at most `side` px, or
+    shrunk to that. What its file says beside the pixels is left out.
+
+    Raises:
+        ValueError: the file is no picture.
+    """
+    try:
+        image = Image.open(picture) if isinstance(picture, Path) else picture
+        image = image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture} cannot be read as a picture: {error}") from error
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if side > 128:
+        image.save(buffer, "webp", quality=90)
+    else:
+        image.save(buffer, "png", optimize=True)
+    kind = "webp" if side > 128 else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
