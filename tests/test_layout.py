@@ -43,10 +43,11 @@ ALLOWED: dict[str, set[str]] = {
     # What is run by `python -m` puts rooms together as the scripts do, and nobody imports it.
     "embed": {"training"},
     "evaluate": {"config", "evaluation", "training"},
+    "evaluation.sweep": {"config", "evaluation", "training"},
     "plan": FOUNDATION | LEAVES | STAGES | {"hub", "training"},
     "data.__main__": FOUNDATION | {"data", "hub"},
 }
-COMMANDS = {"embed", "evaluate", "plan", "data.__main__"}
+COMMANDS = {"embed", "evaluate", "evaluation.sweep", "plan", "data.__main__"}
 
 # Library -> the only room that knows it.
 EXCLUSIVE = {"accelerate": "training", "peft": "lora"}
