@@ -103,9 +103,9 @@ def test_what_was_not_computed_or_otherwise_is_said(tmp_path: Path) -> None:
     a = scored(tmp_path / "a", NOISE, metrics=null | kid)
     kid["kid"]["settings"] = {"std": 0.4}
     b = scored(tmp_path / "b", NOISE, metrics=null | kid)
-    assert only(a, b, "fid").note == "not computed for A nor B"
+    assert only(a, b, "fid").note == "not computed for either"
     assert only(a, b, "kid").difference == 0, "its deviation is an outcome, no setting"
-    assert "is not resampled" in only(a, b, "kid").note
+    assert "it is not resampled" in only(a, b, "kid").note
     metric = replace(b.metrics["clip_score"], weights={"clip": "1" * 64})
     other = replace(b, metrics={**b.metrics, "clip_score": metric})
     assert only(a, other).difference is None

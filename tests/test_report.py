@@ -208,8 +208,10 @@ def test_several_folders_stand_side_by_side(folder: Path, tmp_path: Path) -> Non
     )
     page = assert_whole(build_report([folder, other], ReportOptions(random=2, extremes=1)))
     assert sum(tag == "img" for tag, _ in page.tags) == 2 * 2 + 4 * 1
-    assert "b against a" in page.text and "cascade.guidance_scale (3.0 and 1.0)" in page.text
-    assert re.search(r"\+1\s*1, 1\s*b", page.text), "each picture is one better, so b is"
+    assert (
+        "b (B) against a (A)" in page.text and "cascade.guidance_scale (3.0 and 1.0)" in page.text
+    )
+    assert re.search(r"\+1\s*\[1, 1\]\s*B", page.text), "each picture is one better, so b is"
 
 
 def test_a_folder_of_another_protocol_is_shown_and_not_compared(

@@ -161,7 +161,7 @@ def _difference(
         "note": None,
     }
     if ours is None or theirs is None or ours.value is None or theirs.value is None:
-        without = " nor ".join(n for n, v in zip("AB", values, strict=True) if v is None)
+        without = "A" if values[1] is not None else "B" if values[0] is not None else "either"
         return Difference(**known | {"note": f"not computed for {without}"})
     unlike = differing(_measured_by(ours), _measured_by(theirs))
     if unlike:
@@ -219,7 +219,7 @@ def _mean(name: str, result: Result) -> Statistic:
 def _distance(name: str, result: Result) -> Statistic | str:
     encoder = {"fid": "inception", "cmmd": "clip"}.get(name, name.removeprefix("fd_"))
     if name not in ("fid", "cmmd") and not name.startswith("fd_"):
-        return "it has no score of single pictures, and is not resampled"
+        return "it is not resampled"
     if encoder not in result.encoders:
         return f"{result.folder} holds no features of {encoder}"
     features, reference = result.features(encoder)

@@ -58,7 +58,7 @@ def score_figure(results: Mapping[str, Result], scores: Sequence[str]) -> Figure
             panel.step(found, shares, where="post", label=head)
         panel.set(xlabel=score, ylabel="share of pictures", ylim=(0, 1.02))
         if len(results) > 1:
-            panel.legend(frameon=False, fontsize=8)
+            panel.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 

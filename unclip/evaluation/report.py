@@ -166,6 +166,7 @@ def _metric_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         metrics = [result.metrics.get(name) for result in results]
         better = next(m.better for m in metrics if m is not None)
         values = [m.value for m in metrics if m is not None and m.value is not None]
+        reasons = {m.reason for m in metrics if m is not None}
         best = None
         if len(values) > 1 and better in ("lower", "higher"):
             best = min(values) if better == "lower" else max(values)
@@ -174,6 +175,8 @@ def _metric_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "name": name,
                 "better": f"{better} is better" if better else "",
                 "cells": [_cell(metric, best) for metric in metrics],
+                # The same for all, and so said once.
+                "reason": reasons.pop() if len(reasons) == 1 and not values else None,
             }
         )
     return rows
@@ -197,7 +200,7 @@ def _comparisons(named: Mapping[str, Result], options: ReportOptions) -> list[di
     (first, a), *others = named.items()
     told: list[dict[str, Any]] = []
     for head, b in others if options.resamples else ():
-        one: dict[str, Any] = {"head": f"{head} against {first}", "refused": None}
+        one: dict[str, Any] = {"head": f"{head} (B) against {first} (A)", "refused": None}
         told.append(one)
         try:
             found = compare(a, b, resamples=options.resamples)
@@ -210,13 +213,17 @@ def _comparisons(named: Mapping[str, Result], options: ReportOptions) -> list[di
             {
                 "name": d.metric,
                 "difference": "-" if d.difference is None else f"{d.difference:+.4g}",
-                "interval": "-" if d.interval is None else ", ".join(map(number, d.interval)),
-                "verdict": {"A": first, "B": head}.get(d.verdict, "" if d.note else "no telling"),
+                "interval": _ends(d.interval),
+                "verdict": d.verdict or ("" if d.note else "no telling"),
                 "note": d.note,
             }
             for d in found.differences
         ]
     return told
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else "[{}, {}]".format(*map(number, interval))
 
 
 def _table(name: str, table: Any) -> dict[str, Any]:
