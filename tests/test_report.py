@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from result_folders import CAPTION, spoil, write_result
 
+from unclip.data.shapes import ShapesConfig, draw_scene, render
+from unclip.evaluation.neighbours import neighbours_of
+from unclip.evaluation.protocol import Protocol, ReferenceConfig, protocol_values
 from unclip.evaluation.report import ReportOptions, build_report, main, rank
 from unclip.evaluation.results import differing, read_result, read_sweep
 
@@ -265,3 +268,47 @@ def test_options_that_cannot_be_are_refused(folder: Path) -> None:
     (folder / "images/000003.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"000003.png cannot be read"):
         build_report([folder])
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+def with_reference(folder: Path, **reference: object) -> Path:
+    """Three pictures whose features are those of real scenes 4, 0 and 2."""
+    real = np.eye(5)
+    features = {"clip": {"features": 3 * real[[4, 0, 2]], "reference": real}}
+    protocol = Protocol(reference=ReferenceConfig(**reference))  # type: ignore[arg-type]
+    return write_result(
+        folder,
+        {"clip_score": [1.0, 2.0, 3.0]},
+        features=features,
+        protocol=protocol_values(protocol),
+        side=16,
+    )
+
+
+def test_the_nearest_real_picture_is_found(tmp_path: Path) -> None:
+    folder = with_reference(tmp_path / "a", data="shapes", start=7, count=5)
+    neighbours = neighbours_of(read_result(folder))
+    world = ShapesConfig(split="held_out", caption_detail="full")
+    for row, scene in enumerate((4, 0, 2)):
+        picture, cosine = neighbours.to(row)
+        expected = render([draw_scene(world, 7 + scene)[0]], 16)[0].permute(1, 2, 0).numpy()
+        assert cosine == pytest.approx(1) and (np.asarray(picture) == expected).all()
+    page = assert_whole(build_report([folder], ReportOptions(neighbours=True, extremes=0)))
+    assert page.text.count("nearest real one, cosine 1.000") == 3
+    assert sum(tag == "img" for tag, _ in page.tags) == 3 + 3
+
+
+def test_neighbours_that_cannot_be_shown_are_refused(tmp_path: Path, folder: Path) -> None:
+    other = with_reference(tmp_path / "b", data="shapes", count=6)
+    with pytest.raises(ValueError, match="5 pictures that were measured; got 6"):
+        neighbours_of(read_result(other))
+    none = with_reference(tmp_path / "c")
+    with pytest.raises(ValueError, match="names no pictures"):
+        neighbours_of(read_result(none))
+    with pytest.raises(FileNotFoundError, match="there are features of clip"):
+        neighbours_of(read_result(none), "dinov2")
+    np.savez(folder / "features/clip.npz", features=np.zeros((6, 2)))
+    with pytest.raises(ValueError, match="has those of clip, without one"):
+        neighbours_of(read_result(folder))

@@ -9,7 +9,8 @@ import pytest
 from result_folders import write_result
 
 from unclip.evaluation.results import read_result, read_sweep
-from unclip.evaluation.sweeping import folder_name, sweep, typed
+from unclip.evaluation.sweep import main
+from unclip.evaluation.sweeping import folder_name, open_sweep, sweep, typed
 
 SETTINGS = {"name": "tiny", "cascade": {"size": 64}, "seed": 0}
 
@@ -101,8 +102,6 @@ def test_changed_settings_or_axis_are_refused(tmp_path: Path) -> None:
 def test_every_process_runs_the_same_points_and_one_writes(tmp_path: Path) -> None:
     """Two processes, one after the other where they do not wait for each other."""
     out = tmp_path / "s"
-    from unclip.evaluation.sweeping import open_sweep
-
     open_sweep(out, "guidance", [1.0, 2.0], SETTINGS)
     seen, waits = [], []
     sweep(
@@ -148,9 +147,6 @@ def test_points_are_named_by_their_values() -> None:
 def test_a_model_is_swept(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("unclip.evaluation.run")
-    from unclip.evaluation.sweep import main
-
     protocol = tmp_path / "p.yaml"
     protocol.write_text(
         "name: tiny\ncaptions: {data: shapes, count: 6}\n"

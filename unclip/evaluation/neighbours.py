@@ -5,12 +5,14 @@ Shapes: N drawn pictures, M of the reference, D width of an encoder's features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from unclip.config import from_dict
+from unclip.evaluation.captions import Item
+from unclip.evaluation.measuring import reference_ids
 from unclip.evaluation.protocol import Protocol
 from unclip.evaluation.references import RealPictures
 from unclip.evaluation.results import Result
@@ -70,11 +72,8 @@ def _reader(result: Result, count: int) -> Callable[[int], Image.Image]:
     with Image.open(result.samples[0].path) as picture:
         side = picture.width
     pictures = RealPictures(config.data, protocol.captions, side)
-    ids: Sequence[str]
-    if config.which == "captions":
-        ids = list(dict.fromkeys(sample.id for sample in result.samples))[: config.count]
-    else:
-        ids = pictures.some(config.start, config.count)
+    items = [Item(id=sample.id, caption=sample.caption) for sample in result.samples]
+    ids = reference_ids(protocol, pictures, items)
     if len(ids) != count:
         raise ValueError(
             f"reference.data must hold the {count} pictures that were measured; got {len(ids)} in "

@@ -8,6 +8,7 @@ taken too.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -77,13 +78,13 @@ def shared(config: SweepConfig) -> dict[str, Any]:
     return found
 
 
-def run_sweep(config: SweepConfig, crew: Crew, device: str) -> None:
+def run_sweep(config: SweepConfig, crew: Crew, device: str, command: Sequence[str]) -> None:
     """Evaluate the points that are not finished; every process calls this."""
 
     def run(value: Any, folder: Path) -> None:
         if config.axis == "checkpoint":
             value = as_model(Path(value), config.out, crew)
-        evaluate(at(config, value, folder), crew, device)
+        evaluate(at(config, value, folder), crew, device, command)
 
     values = typed(config.axis, config.values)
     sweep(
@@ -117,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         crew = Crew(
             accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
         )
-        run_sweep(config, crew, str(accelerator.device))
+        words = sys.argv[1:] if argv is None else argv
+        command = ["python", "-m", "unclip.evaluation.sweep", *words]
+        run_sweep(config, crew, str(accelerator.device), command)
         if crew.is_main:
             print((config.out / "sweep.csv").read_text(), end="")
             print(config.out)
