@@ -1,11 +1,14 @@
 """The blind page and its tally."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from result_folders import write_result
 from test_report import assert_whole
 
@@ -75,6 +78,18 @@ def test_the_page_is_one_file_and_does_not_say_which_is_which(pair) -> None:
     for trial in study["trials"]:
         assert (trial["caption"] is None) == (trial["question"] == "photorealism")
         assert trial["left"] != trial["right"]
+
+
+def test_pictures_are_shown_as_they_were_drawn(pair) -> None:
+    study = study_of(build_page(*pair, ABOptions(questions=("caption",))))
+    first = unseal(study["key"])["first"]
+    drawn = {
+        name: {Image.open(s.path).convert("RGB").tobytes() for s in result.samples}
+        for name, result in zip("ab", pair, strict=True)
+    }
+    for k, trial in enumerate(study["trials"]):
+        shown = Image.open(io.BytesIO(base64.b64decode(trial["left"].split(",")[1])))
+        assert shown.convert("RGB").tobytes() in drawn[first[str(k)]]
 
 
 def test_sides_and_order_are_shuffled_by_the_seed(pair) -> None:

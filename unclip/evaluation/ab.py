@@ -170,7 +170,7 @@ def _shown(samples: Sequence[Sample], grid: int) -> str:
         with Image.open(sample.path) as picture:
             tile = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
         canvas.paste(tile, (k % grid * (cell + gap), k // grid * (cell + gap)))
-    return inlined(canvas, side)
+    return inlined(canvas, side, lossless=False)
 
 
 def _who(result: Result) -> dict[str, str]:

@@ -239,20 +239,25 @@ def frechet_to(reference: np.ndarray, features: np.ndarray) -> Statistic:
     As `frechet_distance`, with what the reference alone decides computed once: the eigenvalues of
     C_r^(1/2) C C_r^(1/2) are the squared singular values of the centred rows times C_r^(1/2).
     """
-    reference, features = reference.astype(np.float64), features.astype(np.float64)
-    mean = reference.mean(0)
-    covariance = np.atleast_2d(np.cov(reference, rowvar=False))
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    spread, seen_through = values.clip(min=0).sum(), features @ root
+    mean = reference.mean(0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(reference - mean, rowvar=False)))
+    values = values.clip(min=0)
+    drawn = features - mean
+    seen_through = drawn @ (vectors * np.sqrt(values)) @ vectors.T
+    squares = np.square(drawn).sum(1)
 
     def distance(rows: np.ndarray) -> float:
-        drawn, projected = features[rows], seen_through[rows]
-        projected = (projected - projected.mean(0)) / np.sqrt(len(rows) - 1)
-        small = projected @ projected.T if len(rows) < len(mean) else projected.T @ projected
+        # A picture that was drawn several times has a weight instead of several rows.
+        times = np.bincount(rows, minlength=len(drawn))
+        there, unbiased = times > 0, len(rows) / (len(rows) - 1)
+        share = times[there] / len(rows)
+        offset = np.square(share @ drawn[there]).sum()
+        spread = unbiased * (share @ squares[there] - offset)
+        seen = seen_through[there]
+        seen = (seen - share @ seen) * np.sqrt(unbiased * share)[:, None]
+        small = seen @ seen.T if len(seen) < len(mean) else seen.T @ seen
         overlap = np.sqrt(np.linalg.eigvalsh(small).clip(min=0)).sum()
-        offset = np.square(drawn.mean(0) - mean).sum()
-        return float(offset + drawn.var(0, ddof=1).sum() + spread - 2 * overlap)
+        return float(offset + spread + values.sum() - 2 * overlap)
 
     return distance
 

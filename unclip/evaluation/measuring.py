@@ -30,10 +30,11 @@ from unclip.evaluation.encoders import (
     Unavailable,
     load_clip_encoder,
 )
+from unclip.evaluation.intervals import wilson
 from unclip.evaluation.protocol import ENCODERS, METRICS, Protocol
 from unclip.evaluation.references import RealPictures, batches, plain_id, read_bits
 from unclip.evaluation.resize import fitted
-from unclip.evaluation.shapes import score_picture, tabulate, wilson
+from unclip.evaluation.shapes import score_picture, tabulate
 from unclip.pipeline import UnCLIP
 
 OF_ENCODER = {

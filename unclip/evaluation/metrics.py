@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.evaluation.intervals import percentile_interval, resampled
+
 CHUNK = 1024
 """Rows of a matrix of distances at a time."""
 
@@ -210,18 +212,13 @@ def diversity(
     return means
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, rounds: int = 1000) -> list[float]:
-    """95% interval of a mean, from resampled values."""
-    array = np.asarray(values, float)
-    rng = np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(rounds)]
-    return [float(v) for v in np.percentile(means, [2.5, 97.5])]
-
-
 def mean_of(values: Sequence[float]) -> Mapping[str, Any]:
     """A mean as a result file has it."""
+    array = np.asarray(values, float)
+    means = resampled(lambda rows: float(array[rows].mean()), len(array), resamples=1000)
+    value = float(array.mean())
     return {
-        "value": float(np.mean(values)),
-        "count": len(values),
-        "interval": bootstrap(values),
+        "value": value,
+        "count": len(array),
+        "interval": list(percentile_interval(value, means)),
     }

@@ -38,9 +38,9 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def inlined(picture: Path | Image.Image, side: int) -> str:
-    """A picture as the `src` of an `img`, as it is where its longer side is at most `side` px, or
-    shrunk to that. What its file says beside the pixels is left out.
+def inlined(picture: Path | Image.Image, side: int, lossless: bool = True) -> str:
+    """A picture as the `src` of an `img`: lossless where its longer side is at most `side` px, else
+    shrunk to that and lossy. What its file says beside the pixels is left out.
 
     Raises:
         ValueError: the file is no picture.
@@ -50,12 +50,8 @@ def inlined(picture: Path | Image.Image, side: int) -> str:
         image = image.convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"{picture} cannot be read as a picture: {error}") from error
-    if max(image.size) > side:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    lossless = lossless and max(image.size) <= side
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)  # which never enlarges
     buffer = io.BytesIO()
-    if side > 128:
-        image.save(buffer, "webp", quality=90)
-    else:
-        image.save(buffer, "png", optimize=True)
-    kind = "webp" if side > 128 else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "webp", quality=90, lossless=lossless)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.config import one_line_errors
-from unclip.evaluation.compare import RESAMPLES, compare, spelled
+from unclip.evaluation.compare import DISTANCE_RESAMPLES, RESAMPLES, compare, spelled
 from unclip.evaluation.pages import inlined, number, render, write_page
 from unclip.evaluation.results import Metric, Result, Sample, is_sweep, read_result, read_sweep
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 THUMB, NEAR = 192, 64
 """Longer side of a picture in the page, and of a neighbour, px; smaller ones stay as they are."""
+FEW = 5000
+"""Pictures up to which a report resamples distances; of more `compare` does, and takes long."""
 PREFERRED = ("clip_score", "fss", "oracle_all")
 """Scores that pictures are ranked by, the first that is there."""
 
@@ -203,7 +205,13 @@ def _comparisons(named: Mapping[str, Result], options: ReportOptions) -> list[di
         one: dict[str, Any] = {"head": f"{head} (B) against {first} (A)", "refused": None}
         told.append(one)
         try:
-            found = compare(a, b, resamples=options.resamples)
+            few = max(len(a.samples), len(b.samples)) <= FEW
+            found = compare(
+                a,
+                b,
+                resamples=options.resamples,
+                distance_resamples=DISTANCE_RESAMPLES if few else 0,
+            )
         except ValueError as error:
             one["refused"] = str(error)
             continue
