@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from result_folders import write_result
 
-from unclip.evaluation.results import read_result, read_sweep
+from unclip.evaluation.results import Metric, read_result, read_sweep
 from unclip.evaluation.sweep import main
 from unclip.evaluation.sweeping import folder_name, open_sweep, sweep, typed
 
@@ -80,6 +80,25 @@ def test_curves_are_drawn_of_numbers_and_of_names(tmp_path: Path) -> None:
         sweep(out, axis, values, SETTINGS, Runs())
         with Image.open(out / "sweep.png") as picture:
             assert picture.width > 800 and len(set(picture.convert("L").tobytes())) > 50
+
+
+def test_checkpoints_stand_at_their_steps() -> None:
+    pytest.importorskip("matplotlib")
+    from unclip.evaluation.curves import sweep_figure
+
+    metrics = {"clip_score": Metric(value=1.0), "fid": Metric(value=2.0)}
+    for values, places in (
+        (["runs/a/checkpoints/step-0000500", "runs/a/checkpoints/step-0002000"], [500, 2000]),
+        ([1.0, 1.5], [1.0, 1.5]),
+    ):
+        figure = sweep_figure("checkpoint", [(value, metrics) for value in values])
+        trade_off, against, _ = figure.axes
+        assert [note.get_text() for note in trade_off.texts] == [str(place) for place in places]
+        assert against.lines[0].get_xdata().tolist() == places
+    figure = sweep_figure("prior", [(value, metrics) for value in ("runs/flow", "shapes")])
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["flow", "shapes"]
+    with pytest.raises(ValueError, match="none that was computed"):
+        sweep_figure("steps", [(5, {"fid": Metric(value=None, reason="no weights")})])
 
 
 def test_changed_settings_or_axis_are_refused(tmp_path: Path) -> None:

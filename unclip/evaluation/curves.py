@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.evaluation.results import Metric, Result
@@ -87,6 +88,18 @@ def _values(points: Sequence[tuple[Any, Mapping[str, Metric]]], name: str) -> li
     ]
 
 
+def _places(values: Sequence[Any]) -> list[Any]:
+    """Where values stand on the axis: checkpoints at their step, other paths under their last part
+    as long as that tells them apart."""
+    steps = [re.search(r"step-(\d+)/?$", str(value)) for value in values]
+    if all(steps):
+        return [int(step[1]) for step in steps if step]
+    if all(isinstance(value, Real) for value in values):
+        return list(values)
+    names = [Path(str(value)).name for value in values]
+    return names if len(set(names)) == len(names) else [str(value) for value in values]
+
+
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -111,9 +124,9 @@ def _trade_off(
     across = dict(_values(points, x))
     both = [(v, across[v].value, up.value) for v, up in _values(points, y) if v in across]
     panel.plot([one[1] for one in both], [one[2] for one in both], "o-", markersize=4)
-    for value, right, up in both:
+    for place, (_, right, up) in zip(_places([one[0] for one in both]), both, strict=True):
         panel.annotate(
-            str(value), (right, up), (4, 4), textcoords="offset points", fontsize=8, color=INK
+            str(place), (right, up), (4, 4), textcoords="offset points", fontsize=8, color=INK
         )
     panel.set(xlabel=x, ylabel=y, title=f"by {axis}")
     panel.margins(0.12)
@@ -123,8 +136,8 @@ def _against(
     panel: Axes, axis: str, points: Sequence[tuple[Any, Mapping[str, Metric]]], name: str
 ) -> None:
     found = _values(points, name)
-    numeric = all(isinstance(value, Real) for value, _ in found)
-    places = [value if numeric else str(value) for value, _ in found]
+    places = _places([value for value, _ in found])
+    numeric = all(isinstance(place, Real) for place in places)
     heights = [metric.value for _, metric in found]
     ends = [metric.interval or (metric.value, metric.value) for _, metric in found]
     errors = [
@@ -132,5 +145,7 @@ def _against(
         [max(0.0, high - h) for h, (_, high) in zip(heights, ends, strict=True)],
     ]
     panel.errorbar(places, heights, errors, fmt="o-" if numeric else "o", markersize=4, capsize=2)
+    if not numeric:
+        panel.tick_params("x", labelrotation=20)
     better = found[0][1].better
     panel.set(xlabel=axis, ylabel=f"{name} ({better} is better)" if better else name)
