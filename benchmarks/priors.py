@@ -25,8 +25,8 @@ SIZES = {"width": 128, "depth": 4, "head_dim": 32}
 
 
 def call(*words: str) -> None:
-    """Run a command of this repository."""
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    """Run a command of this repository; stdout is the table's."""
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
 def train(kind: str, seed: int, a: argparse.Namespace, run: Path) -> float:
