@@ -1,2 +1,9 @@
-"""What the models are worth, measured: protocols and metrics of pictures, reports and sweeps of
-results, the shapes world's score, the prior's distances, probes of a CLIP."""
+"""What the models are worth, measured.
+
+- A protocol and its result folder, `python -m unclip.evaluate`: protocol, captions, references,
+  drawing, measuring, run; coco writes MS-COCO's list.
+- What is computed: encoders, resize, metrics, intervals; shapes (the oracle's verdict), prior.
+- What stands on result folders: results reads them; report, compare, ab, sweep and what they are
+  made of, pages, curves, neighbours, sweeping.
+- Probes: probe, zero_shot, typographic of a CLIP, inversion of a decoder; labelled reads pictures.
+"""
