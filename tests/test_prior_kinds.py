@@ -12,7 +12,14 @@ from torch import Tensor
 
 from unclip import UnCLIP
 from unclip.clip import Text
-from unclip.diffusion import FlowConfig, flow_path, flow_times, make_generators, sample_flow
+from unclip.diffusion import (
+    FlowConfig,
+    flow_loss,
+    flow_path,
+    flow_times,
+    make_generators,
+    sample_flow,
+)
 from unclip.models import PriorTransformerConfig, TokenTransformer, TokenTransformerConfig
 from unclip.priors import (
     KINDS,
@@ -193,17 +200,19 @@ def test_one_kind_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_a_straight_flow_arrives_in_one_step(sampler: str) -> None:
+@pytest.mark.parametrize("prediction_type", ["v", "x_0"])
+def test_a_straight_flow_arrives_in_one_step(sampler: str, prediction_type: Any) -> None:
     """Where all data are one point c the velocity is (x_t - c) / t, and the path straight."""
     point = torch.randn(3, 4)
 
     def network(x_t: Tensor, timesteps: Tensor, context: Any) -> Tensor:
-        return (x_t - point) / (timesteps[:, None] / 1000)
+        return point if prediction_type == "x_0" else (x_t - point) / (timesteps[:, None] / 1000)
 
     context = {"none": torch.zeros(3)}
     for steps in (1, 5):
         drawn = sample_flow(
             network,
+            FlowConfig(prediction_type=prediction_type),
             (3, 4),
             context=context,
             sampler=sampler,
@@ -227,6 +236,7 @@ def test_heun_follows_a_curved_flow_closer_than_euler() -> None:
     for sampler in ("euler", "heun"):
         drawn = sample_flow(
             network,
+            FlowConfig(prediction_type="v"),
             (16, 8),
             context={"none": torch.zeros(16)},
             sampler=sampler,
@@ -235,6 +245,21 @@ def test_heun_follows_a_curved_flow_closer_than_euler() -> None:
         )
         error[sampler] = (drawn - std * noise).abs().max().item()
     assert error["heun"] < 0.02 < error["euler"] / 2
+
+
+def test_the_loss_is_the_velocitys_whatever_is_predicted() -> None:
+    x_0, noise, wrong = torch.randn(3, 4, 5)
+    t = torch.tensor([0.01, 0.2, 0.6, 1.0])
+    x_t, v = flow_path(x_0, noise, t)
+    as_v = FlowConfig(prediction_type="v")
+    losses, estimate = flow_loss(FlowConfig(), wrong, x_0, noise, t)
+    torch.testing.assert_close(estimate, wrong)
+    same, back = flow_loss(as_v, (x_t - wrong) / t[:, None], x_0, noise, t)
+    torch.testing.assert_close(back, wrong, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(losses[1:], same[1:])
+    assert losses[0] < same[0] / 20  # next to t = 0 an error of x_0 would outweigh all others
+    assert flow_loss(as_v, v, x_0, noise, t)[0].max() < 1e-10
+    assert flow_loss(FlowConfig(), x_0, x_0, noise, t)[0].max() == 0
 
 
 def test_the_path_runs_from_data_to_noise() -> None:
@@ -249,6 +274,8 @@ def test_the_path_runs_from_data_to_noise() -> None:
     assert (middle - 0.5).abs().mean() < (u - 0.5).abs().mean()
     with pytest.raises(ValueError, match=r"flow\.time_distribution must be one of"):
         FlowConfig(time_distribution="cauchy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"flow\.prediction_type must be one of x_0, v; got 'eps'"):
+        FlowConfig(prediction_type="eps")  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- linear, PCA

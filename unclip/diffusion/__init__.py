@@ -4,7 +4,14 @@ schedulers. Prior embeddings [B, D] and decoder images [B, C, H, W] share all of
 and sampling read the same schedule."""
 
 from unclip.diffusion.analytic import measure_eps_power
-from unclip.diffusion.flow import FLOW_SAMPLERS, FlowConfig, flow_path, flow_times, sample_flow
+from unclip.diffusion.flow import (
+    FLOW_SAMPLERS,
+    FlowConfig,
+    flow_loss,
+    flow_path,
+    flow_times,
+    sample_flow,
+)
 from unclip.diffusion.guidance import Context, GuidanceLimits, Network, guided, join
 from unclip.diffusion.objective import NoiseSchedule, diffusion_loss, loss_weight
 from unclip.diffusion.resampling import Resampling
@@ -29,6 +36,7 @@ __all__ = [
     "Resampling",
     "alpha_bars",
     "diffusion_loss",
+    "flow_loss",
     "flow_path",
     "flow_times",
     "guided",

@@ -4,7 +4,8 @@ Legend: B batch, ... data dimensions, t in [0, 1] from data to noise.
 
     x_t = (1 - t) x_0 + t eps,    v = d x_t / d t = eps - x_0
 
-The network sees x_t and the timestep 1000 t and predicts v; sampling integrates v from t = 1 to 0.
+The network sees x_t and the timestep 1000 t and predicts v, straight or by way of x_0; sampling
+integrates v from t = 1 to 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from unclip.diffusion.guidance import Context, Network, guided
 FLOW_SAMPLERS = ("heun", "euler")
 TIME_SCALE = 1000.0
 """What a network is told for t = 1, so that a time embedding made for diffusion serves."""
+LEAST_TIME = 0.05
+"""The t below which an error of x_0 weighs no more in the loss: as one of v it is divided by t."""
 TimeDistribution = Literal["uniform", "logit_normal"]
+FlowPrediction = Literal["x_0", "v"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +36,21 @@ class FlowConfig:
 
     time_distribution: TimeDistribution = "uniform"
     """Which t training sees: all alike, or the middle ones more often (Esser et al. 2024)."""
+    prediction_type: FlowPrediction = "x_0"
+    """What the network's output is: the velocity, or x_0, of which the velocity follows. The loss
+    is the velocity's either way. v holds the noise, all D numbers of it, which a network narrower
+    than D cannot carry; x_0 lies where data lie (Li & He 2025)."""
 
     def __post_init__(self) -> None:
-        if self.time_distribution not in get_args(TimeDistribution):
-            raise ValueError(
-                f"flow.time_distribution must be one of {', '.join(get_args(TimeDistribution))}; "
-                f"got {self.time_distribution!r}: use 'uniform'"
-            )
+        for name, choices, use in (
+            ("time_distribution", get_args(TimeDistribution), "uniform"),
+            ("prediction_type", get_args(FlowPrediction), "x_0"),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"flow.{name} must be one of {', '.join(choices)}; got "
+                    f"{getattr(self, name)!r}: use {use!r}"
+                )
 
 
 def flow_times(config: FlowConfig, u: Tensor) -> Tensor:
@@ -55,9 +67,32 @@ def flow_path(x_0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * x_0 + t * noise, noise - x_0
 
 
+def flow_loss(
+    config: FlowConfig, output: Tensor, x_0: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The velocity's squared error, and the estimate of x_0.
+
+    Args:
+        output: [B, ...] of the network, fp32.
+        x_0, noise: [B, ...] that it was trained on.
+        t: [B] in [0, 1].
+
+    Returns:
+        [B], means over a sample; and [B, ...].
+    """
+    x_t, v = flow_path(x_0, noise, t)
+    t = t.reshape(-1, *[1] * (x_0.ndim - 1))
+    if config.prediction_type == "v":
+        error, estimate = output - v, x_t - t * output
+    else:
+        error, estimate = (x_0 - output) / t.clamp(min=LEAST_TIME), output
+    return error.square().flatten(1).mean(dim=1), estimate
+
+
 @torch.no_grad()
 def sample_flow(
     network: Network,
+    config: FlowConfig,
     shape: Sequence[int],
     *,
     context: Context,
@@ -74,6 +109,7 @@ def sample_flow(
 
     Args:
         network: `network(x_t, timesteps, context)`, with timesteps [B] in [0, 1000].
+        config: what it was trained with.
         shape: of the result.
         context, null_context, guidance_scale: as `unclip.diffusion.sample` has them.
         sampler: `euler`, or `heun`, which asks the network twice for all steps but the last.
@@ -103,8 +139,9 @@ def sample_flow(
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         timesteps = (TIME_SCALE * t).expand(shape[0])
-        v = guided(network, x_t.to(dtype), timesteps, context, null_context, guidance_scale)
-        return v.float()
+        output = guided(network, x_t.to(dtype), timesteps, context, null_context, guidance_scale)
+        output = output.float()
+        return output if config.prediction_type == "v" else (x_t - output) / t
 
     # diffusers' own two end at t = 0.001 instead of 0, at the price of a step.
     times = torch.linspace(1, 0, num_inference_steps + 1, device=device)

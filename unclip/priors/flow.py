@@ -1,4 +1,4 @@
-"""The flow prior: the diffusion prior's network, trained to predict velocities on straight paths.
+"""The flow prior: the diffusion prior's network, trained on the velocities of straight paths.
 
 Shapes: R rows, D width of CLIP's joint space.
 """
@@ -49,6 +49,7 @@ class FlowPrior(TransformerPrior):
         generators = split(generators, options.num_candidates)
         x_0 = sample_flow(
             self.network,
+            self.config.flow,
             (len(generators), text.text_embed.shape[1]),
             context=context,
             null_context=null,

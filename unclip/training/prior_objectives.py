@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.clip import FrozenCLIP, Text
-from unclip.diffusion import NoiseSchedule, diffusion_loss, flow_path, flow_times
+from unclip.diffusion import NoiseSchedule, diffusion_loss, flow_loss, flow_path, flow_times
 from unclip.diffusion.flow import TIME_SCALE
 from unclip.models import Context
 from unclip.priors import (
@@ -122,7 +122,7 @@ class DiffusionPriorObjective(PriorObjective):
 
 
 class FlowPriorObjective(PriorObjective):
-    """Predict the velocity from z_i to noise, MSE (Lipman et al. 2023)."""
+    """The velocity from z_i to noise, MSE (Lipman et al. 2023)."""
 
     network: FlowPrior
 
@@ -138,13 +138,14 @@ class FlowPriorObjective(PriorObjective):
         x_0 = self.network.normalize(image_embed)
         u = uniform(generator, len(x_0), device=x_0.device)
         noise = normal(generator, *x_0.shape, device=x_0.device)
-        t = flow_times(self.network.config.flow, u)
-        x_t, v = flow_path(x_0, noise, t)
-        predicted = self.network.network(x_t, TIME_SCALE * t, context).float()
-        per_sample = (predicted - v).square().mean(dim=1)
+        config = self.network.config.flow
+        t = flow_times(config, u)
+        x_t, _ = flow_path(x_0, noise, t)
+        output = self.network.network(x_t, TIME_SCALE * t, context).float()
+        per_sample, predicted = flow_loss(config, output, x_0, noise, t)
         return {
             "loss": per_sample.mean(),
-            "cosine": self.cosine(x_t - t[:, None] * predicted, image_embed),
+            "cosine": self.cosine(predicted, image_embed),
             "per_sample": per_sample.detach(),
             "timesteps": t,
         }
