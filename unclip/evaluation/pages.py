@@ -34,8 +34,10 @@ def write_page(page: str, out: Path) -> None:
 
 
 def number(value: float | None) -> str:
-    """A number of a table: four digits that mean something."""
-    return "" if value is None else f"{value:.4g}"
+    """A number of a table: a whole one as it is, of others the four digits that mean something."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def inlined(picture: Path | Image.Image, side: int, lossless: bool = True) -> str:
