@@ -176,7 +176,6 @@ def assert_whole(text: str) -> Page:
 def test_the_report_is_one_file_that_escapes_what_it_is_given(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     out = tmp_path / "new/report.html"
     main([str(folder), "--out", str(out), "--extremes", "2"])
     assert capsys.readouterr().out.strip() == str(out)
@@ -244,7 +243,6 @@ def test_large_pictures_are_made_small(tmp_path: Path) -> None:
 
 
 def test_a_sweep_stands_for_its_points(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     folder.rename(tmp_path / "guidance=1.0")
     write_result(tmp_path / "guidance=3.0", {"clip_score": [9.0] * 6}, metrics=NULL)
     points = [{"value": v, "folder": f"guidance={v}"} for v in (1.0, 3.0, 5.0)]

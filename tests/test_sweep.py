@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from result_folders import write_result
 
+from unclip.evaluation.curves import sweep_figure
 from unclip.evaluation.results import Metric, read_result, read_sweep
 from unclip.evaluation.sweep import main
 from unclip.evaluation.sweeping import folder_name, open_sweep, sweep, typed
@@ -72,7 +73,6 @@ def test_the_table_holds_metrics_and_intervals(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_of_numbers_and_of_names(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from PIL import Image
 
     for axis, values in (("guidance", [1.0, 3.0]), ("sampler", ["ddim", "ddpm"])):
@@ -83,9 +83,6 @@ def test_curves_are_drawn_of_numbers_and_of_names(tmp_path: Path) -> None:
 
 
 def test_checkpoints_stand_at_their_steps() -> None:
-    pytest.importorskip("matplotlib")
-    from unclip.evaluation.curves import sweep_figure
-
     metrics = {"clip_score": Metric(value=1.0), "fid": Metric(value=2.0)}
     for values, places in (
         (["runs/a/checkpoints/step-0000500", "runs/a/checkpoints/step-0002000"], [500, 2000]),

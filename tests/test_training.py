@@ -30,6 +30,7 @@ from unclip.training.batches import GlobalBatches
 from unclip.training.checkpoints import read_weights
 from unclip.training.decoder import main as train_decoder
 from unclip.training.fit import FitConfig, Objective, draw, fit, learning_rate_factor
+from unclip.training.plot import plot
 from unclip.training.prior import main as train_prior
 from unclip.training.tracking import Meter
 
@@ -479,3 +480,15 @@ def test_wandb_works_offline_without_an_account(
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pip install tensorboard"):
         fit_line(tmp_path / "run", tracker="tensorboard")
+
+
+def test_a_run_is_plotted(tmp_path: Path) -> None:
+    rows = [{"step": k, "samples": 4 * k, "loss": 1 / k, "val/loss": 2 / k} for k in (1, 2, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    plot([tmp_path], "loss", tmp_path / "new/loss.png")
+    with Image.open(tmp_path / "new/loss.png") as drawn:
+        assert len(set(drawn.convert("RGB").resize((60, 35)).getdata())) > 20
+    with pytest.raises(ValueError, match="got cosine: choose one of loss, samples, step, val/loss"):
+        plot([tmp_path], "cosine", tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a training run"):
+        plot([tmp_path / "new"], "loss", tmp_path / "x.png")

@@ -1,7 +1,4 @@
-"""Curves of a sweep, and how single pictures' scores lie: figures for files and for pages.
-
-Needs matplotlib, of the extra `docs`.
-"""
+"""Curves of a sweep, and how single pictures' scores lie: figures for files and for pages."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from unclip.evaluation.results import Metric, Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Of text and lines; in a page it becomes the text's own colour, light or dark."""
@@ -66,10 +63,8 @@ def score_figure(results: Mapping[str, Result], scores: Sequence[str]) -> Figure
 def svg(figure: Figure) -> str:
     """A figure as an element of a page: no prologue, no links, text and lines in the page's own
     colour."""
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unclip"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "unclip"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
@@ -101,9 +96,6 @@ def _places(values: Sequence[Any]) -> list[Any]:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     inked: Any = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.config import one_line_errors
 from unclip.evaluation.compare import DISTANCE_RESAMPLES, RESAMPLES, compare, spelled
+from unclip.evaluation.curves import score_figure, svg, sweep_figure
 from unclip.evaluation.pages import inlined, number, render, write_page
 from unclip.evaluation.results import Metric, Result, Sample, is_sweep, read_result, read_sweep
 
@@ -265,11 +266,6 @@ def _table_cell(cell: Any) -> dict[str, Any] | None:
 
 
 def _curves(named: Mapping[str, Result], sweeps: Sweeps) -> list[dict[str, Any]]:
-    try:
-        from unclip.evaluation.curves import score_figure, svg, sweep_figure
-    except ImportError:
-        reason = "Curves need matplotlib, which is not here: pip install matplotlib"
-        return [{"head": "Not drawn", "svg": None, "reason": reason}]
     curves = [
         {"head": f"{axis}, {folder}", "svg": svg(sweep_figure(axis, points))}
         for folder, axis, points in sweeps

@@ -3,7 +3,7 @@
 DIR/sweep.json    what is varied, the points, and the settings that they share
 DIR/AXIS=VALUE/   a result folder a point; one that is finished is not measured again
 DIR/sweep.csv     a line a finished point
-DIR/sweep.png     the curves, where matplotlib is there
+DIR/sweep.png     the curves
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unclip.checkpoint import written_file
+from unclip.evaluation.curves import sweep_figure
 from unclip.evaluation.results import (
     FORMAT,
     RESULT,
@@ -159,10 +160,8 @@ def write_tables(folder: Path) -> None:
     with written_file(folder / "sweep.csv") as aside:
         aside.write_text(as_csv(axis, results), encoding="utf-8")
     try:
-        from unclip.evaluation.curves import sweep_figure
-
         figure = sweep_figure(axis, [(value, result.metrics) for value, result in results])
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         log.warning("no curves: %s", error)
         return
     with written_file(folder / "sweep.png") as aside:

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from unclip.config import one_line_errors
 
 
@@ -30,12 +32,8 @@ def plot(runs: list[Path], metric: str, out: Path) -> None:
     Raises:
         ValueError: no run has such a metric.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     for run in runs:
         lines, colour = read_metrics(run), None
         for name, style, told in ((metric, "-", ""), (f"val/{metric}", "--", ", held out")):
@@ -54,7 +52,6 @@ def plot(runs: list[Path], metric: str, out: Path) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, not over them
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def main() -> None:
