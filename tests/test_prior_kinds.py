@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip import UnCLIP
 from unclip.clip import Text
+from unclip.config import from_dict
 from unclip.diffusion import (
     FlowConfig,
     flow_loss,
@@ -251,15 +252,20 @@ def test_the_loss_is_the_velocitys_whatever_is_predicted() -> None:
     x_0, noise, wrong = torch.randn(3, 4, 5)
     t = torch.tensor([0.01, 0.2, 0.6, 1.0])
     x_t, v = flow_path(x_0, noise, t)
-    as_v = FlowConfig(prediction_type="v")
-    losses, estimate = flow_loss(FlowConfig(), wrong, x_0, noise, t)
+    as_v, as_x_0 = FlowConfig(prediction_type="v"), FlowConfig(prediction_type="x_0")
+    losses, estimate = flow_loss(as_x_0, wrong, x_0, noise, t)
     torch.testing.assert_close(estimate, wrong)
     same, back = flow_loss(as_v, (x_t - wrong) / t[:, None], x_0, noise, t)
     torch.testing.assert_close(back, wrong, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses[1:], same[1:])
     assert losses[0] < same[0] / 20  # next to t = 0 an error of x_0 would outweigh all others
     assert flow_loss(as_v, v, x_0, noise, t)[0].max() < 1e-10
-    assert flow_loss(FlowConfig(), x_0, x_0, noise, t)[0].max() == 0
+    assert flow_loss(as_x_0, x_0, x_0, noise, t)[0].max() == 0
+
+
+def test_a_flow_that_was_saved_without_the_choice_predicts_velocities() -> None:
+    """Such priors were trained on them; read as x_0 they would draw something else, unsaid."""
+    assert from_dict(FlowConfig, {"time_distribution": "uniform"}).prediction_type == "v"
 
 
 def test_the_path_runs_from_data_to_noise() -> None:

@@ -36,10 +36,11 @@ class FlowConfig:
 
     time_distribution: TimeDistribution = "uniform"
     """Which t training sees: all alike, or the middle ones more often (Esser et al. 2024)."""
-    prediction_type: FlowPrediction = "x_0"
+    prediction_type: FlowPrediction = "v"
     """What the network's output is: the velocity, or x_0, of which the velocity follows. The loss
     is the velocity's either way. v holds the noise, all D numbers of it, which a network narrower
-    than D cannot carry; x_0 lies where data lie (Li & He 2025)."""
+    than D cannot carry; x_0 lies where data lie (Li & He 2025), and is what the recipe takes.
+    Priors that were saved before there was a choice predict v."""
 
     def __post_init__(self) -> None:
         for name, choices, use in (
