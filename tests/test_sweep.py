@@ -152,7 +152,7 @@ def test_points_are_named_by_their_values() -> None:
     assert folder_name("guidance", 3.0) == "guidance=3.0"
     assert folder_name("sampler", "dpm++sde") == "sampler=dpm++sde"
     assert folder_name("checkpoint", "runs/a/step-1/") == "checkpoint=a-step-1"
-    assert folder_name("prior", "/tmp/my prior") == "prior=tmp-my-prior"
+    assert folder_name("prior", "/runs/my prior") == "prior=runs-my-prior"
 
 
 # --- python -m unclip.evaluation.sweep ------------------------------------------------------------

@@ -192,6 +192,16 @@ def sources_of(dataset: Dataset[Any]) -> list[Dataset[Any]]:
     return [part.dataset if isinstance(part, FirstSamples) else part for part in parts]
 
 
+def check_pictures(config: SourceConfig, use: str = "") -> None:
+    """Raise ValueError where a source is a folder of embeddings; `use` says what it was wanted for,
+    as in `to train a decoder on`."""
+    for name in filter(is_embedding_folder, config.names):
+        raise ValueError(
+            f"source.data must hold pictures{use and ' '}{use}; got {name}, a folder of "
+            "embeddings: name what they were made of"
+        )
+
+
 def open_source(config: SourceConfig) -> Dataset[dict[str, Any]]:
     """The data set that `config` names.
 

@@ -22,12 +22,11 @@ from unclip.checkpoint import written_file
 from unclip.data.images import decode_image, to_pil
 from unclip.evaluation.captions import Item
 from unclip.evaluation.references import picture_files, plain_id
+from unclip.evaluation.results import RESULT
 from unclip.pipeline import CascadeOptions, UnCLIP
 
 DRAWING = "drawing.json"
 """How a folder's pictures are drawn, written before the first of them."""
-RESULT = "result.json"
-"""What was measured; a folder without it is unfinished."""
 
 
 @dataclass(frozen=True)

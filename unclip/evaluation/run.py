@@ -30,7 +30,6 @@ from unclip import __version__
 from unclip.checkpoint import written_file
 from unclip.evaluation.captions import Item, list_captions, list_sha256
 from unclip.evaluation.drawing import (
-    RESULT,
     Crew,
     draw,
     files_state,
@@ -42,11 +41,11 @@ from unclip.evaluation.encoders import weights_sha256
 from unclip.evaluation.measuring import Measured, Measuring, check_counts, reference_ids
 from unclip.evaluation.protocol import Protocol, digest, protocol_values
 from unclip.evaluation.references import RealPictures
+from unclip.evaluation.results import FEATURES, FORMAT, RESULT, SAMPLES
 from unclip.pipeline import UnCLIP, check_prompt
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 PACKAGES = (
     "torch",
     "torchvision",
@@ -262,7 +261,7 @@ def write(
     for name, arrays in measured.features.items():
         buffer = io.BytesIO()
         np.savez(buffer, **{key: tensor.numpy() for key, tensor in arrays.items()})  # type: ignore[arg-type]
-        _write(folder / "features" / f"{name}.npz", buffer.getvalue())
+        _write(folder / FEATURES / f"{name}.npz", buffer.getvalue())
     lines = [
         {
             "id": item.id,
@@ -274,7 +273,7 @@ def write(
         for k, (item, seed) in enumerate(zip(items, seeds, strict=True))
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    _write(folder / "samples.jsonl", text.encode())
+    _write(folder / SAMPLES, text.encode())
     # A number that is none is a defect, and no JSON.
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     _write(folder / RESULT, text.encode())

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from unclip.checkpoint import save_weights, written_whole
 from unclip.clip import BPE_NAME, load_openclip, new_clip, write_clip_config, write_vocabulary
 from unclip.config import one_line_errors, parse, to_dict
-from unclip.data.embeddings import is_embedding_folder
 from unclip.data.shapes import ShapesConfig
-from unclip.data.source import SourceConfig, open_source
+from unclip.data.source import SourceConfig, check_pictures, open_source
 from unclip.training.fit import FitConfig, Objective, fit
 from unclip.training.validation import held_out_data
 
@@ -109,11 +108,7 @@ class TrainCLIPConfig:
                 f"{side}: set source.image_size to {self.clip.image_size}, or source.crop_size, "
                 "which cuts that out of larger ones at random"
             )
-        for name in filter(is_embedding_folder, self.source.names):
-            raise ValueError(
-                f"source.data must hold pictures to train a CLIP on; got {name}, a folder of "
-                "embeddings: name what they were made of"
-            )
+        check_pictures(self.source, "to train a CLIP on")
 
 
 class CLIPObjective(Objective):

@@ -15,10 +15,9 @@ from torch.utils.data import Dataset
 from unclip.clip import FrozenCLIP
 from unclip.config import one_line_errors, parse, to_dict
 from unclip.data.degradations import DegradationConfig, degrade, downsample
-from unclip.data.embeddings import is_embedding_folder
 from unclip.data.images import resize
 from unclip.data.shapes import ShapesDataset
-from unclip.data.source import SourceConfig, open_source
+from unclip.data.source import SourceConfig, check_pictures, open_source
 from unclip.diffusion import NoiseSchedule, diffusion_loss, make_generators
 from unclip.glide import GlideStage
 from unclip.hub import Stages, check_stages, load_stages, write_run_model
@@ -406,11 +405,7 @@ def train(config: TrainDecoderConfig) -> None:
         own = config.upsampler
         if config.init is not None:
             initial = _upsampler_of(config.init, own.network.unet.image_size)
-    for name in filter(is_embedding_folder, config.source.names):
-        raise ValueError(
-            f"source.data must hold pictures to train a decoder on; got {name}, a folder of "
-            "embeddings: name what they were made of"
-        )
+    check_pictures(config.source, "to train a decoder on")
     dataset = open_source(config.source)
     examples = _first_samples(dataset, config.preview.num_images)
     if isinstance(initial, GlideStage):

@@ -33,11 +33,10 @@ from unclip.data.embeddings import (
     MANIFEST_NAME,
     VERSION,
     file_of,
-    is_embedding_folder,
     read_manifest,
     sha256,
 )
-from unclip.data.source import SourceConfig, open_source, sources_of
+from unclip.data.source import SourceConfig, check_pictures, open_source, sources_of
 from unclip.hub import load_clip_of
 from unclip.training.batches import collate
 from unclip.training.checkpoints import differences
@@ -100,11 +99,7 @@ class EmbedConfig:
                 "source.mix must be null, for its parts are read at other rates; got "
                 f"{len(self.source.mix)} parts: embed each into a folder of its own"
             )
-        if is_embedding_folder(self.source.data):
-            raise ValueError(
-                f"source.data must hold pictures; got {self.source.data}, a folder of embeddings: "
-                "name what they were made of"
-            )
+        check_pictures(self.source)
         if self.source.data == "shapes" and self.source.limit is None:
             raise ValueError(
                 "source.limit must say how many pictures of the endless shapes world to embed; "
