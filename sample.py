@@ -60,6 +60,7 @@ def interval(text: str) -> tuple[float, float]:
 # them from there would make `--help` wait for torch.
 OPTIONS: list[tuple[list[str], str, Callable[[str], Any], str]] = [
     (["--guidance"], "guidance_scale", float, "decoder's guidance, 1 is off (default: 3.0)"),
+    (["--embed"], "embed", str, "for the image embedding: prior, text, none (default: prior)"),
     (["--prior-guidance"], "prior_guidance_scale", float, "the prior's (default: 1.0)"),
     (["--num-candidates"], "num_candidates", int, "embeddings to choose from (default: 2)"),
     (["--prior-steps"], "prior_steps", int, "the prior's steps (default: 32)"),

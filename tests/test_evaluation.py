@@ -86,7 +86,7 @@ def test_a_cascade_is_scored_on_the_world_it_is_told(tiny_model: Path) -> None:
         model=str(tiny_model),
         num=4,
         world=ShapesConfig(object_weights=(0, 1, 0), caption_detail="full"),
-        embed="mean",
+        given="mean",
         cascade=CascadeOptions(size=64, decoder_steps=2, upsampler_steps=2),
     )
     result = text2image(config)

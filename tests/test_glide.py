@@ -464,6 +464,8 @@ def test_a_negative_caption_takes_the_place_of_none(model: UnCLIP) -> None:
     assert (usual.images - away.images).abs().max() > 0.01
     with pytest.raises(ValueError, match="weighted prompts need a CLIP"):
         model("a cat::2 a dog::1", **FEW)
+    with pytest.raises(ValueError, match="embed must be 'prior' for GLIDE's decoder"):
+        model(CAPTIONS[0], embed="none", **FEW)
     with pytest.raises(ValueError, match="best_of needs a CLIP"):
         model(CAPTIONS[0], best_of=2, **FEW)
     with pytest.raises(ValueError, match="inversion needs a decoder that reads an image_embed"):

@@ -258,16 +258,16 @@ def test_the_oracle_is_measured_on_both_splits_and_sizes(capsys) -> None:
     assert "held_out, 256 px" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("embed", ["prior", "true", "text", "mean"])
-def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, embed) -> None:
+@pytest.mark.parametrize("given", ["null", "true", "mean"])
+def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, given) -> None:
     """A pipeline that draws the true pictures of all captions but the first gets 3 of 4."""
     scenes = [scene for scene, _ in map(held_out_scene, range(4))]
     captions = [caption.text for _, caption in map(held_out_scene, range(4))]
 
     def draw(prompts, *, image_embed, guidance_scale, **options) -> SimpleNamespace:
         assert prompts == captions and guidance_scale == 2
-        shapes = {"prior": None, "true": (4, 3), "text": (4, 1), "mean": (3,)}
-        assert (None if image_embed is None else image_embed.shape) == shapes[embed]
+        shapes = {"null": None, "true": (4, 3), "mean": (3,)}
+        assert (None if image_embed is None else image_embed.shape) == shapes[given]
         images = render(scenes, 64).float() / 127.5 - 1
         images[0] = 0.9
         return SimpleNamespace(by_size={64: images}, seconds={"decoder": 1.0})
@@ -276,11 +276,10 @@ def test_text2image_scores_what_the_pipeline_draws(monkeypatch, tmp_path, embed)
         required_image_size=lambda: 64,
         device="cpu",
         encode_image=lambda x: x.mean((2, 3)),
-        encode_text=lambda words: SimpleNamespace(text_embed=torch.zeros(len(words), 1)),
     )
     monkeypatch.setattr("unclip.pipeline.UnCLIP.from_pretrained", lambda *_, **__: draw)
     words = ["text2image", "--num", "4", "--guidance-scale", "2", "--out", str(tmp_path / "a.json")]
-    monkeypatch.setattr("sys.argv", ["shapes", *words, "--embed", embed])
+    monkeypatch.setattr("sys.argv", ["shapes", *words, "--given", given])
     main()
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["tables"]["64px"]["all"]["all"]["fraction"] == 0.75

@@ -91,6 +91,35 @@ def test_an_embedding_skips_the_prior(unclip: UnCLIP, drawn: CascadeOutput) -> N
     assert without_caption.prompts == [None] * 6
 
 
+def test_a_decoder_may_do_without_a_prior(unclip: UnCLIP, drawn: CascadeOutput) -> None:
+    """Section 5.1: text_embed in the place of image_embed, or the caption alone."""
+    bare = UnCLIP(unclip.clip, None, unclip.decoder, unclip.upsamplers)
+    assert unclip.clip is not None
+    options: dict[str, Any] = {**FAST, "seed": 5, "num_images": 2}
+    text_embed = unclip.clip.encode_text(PROMPTS).text_embed
+    text = bare(PROMPTS, embed="text", **options)
+    given = bare(PROMPTS, image_embed=text_embed, **options)
+    torch.testing.assert_close(text.images, given.images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(text.image_embed, text_embed.repeat_interleave(2, dim=0))
+    none = bare(PROMPTS, embed="none", **options)
+    assert none.image_embed is None
+    # What it is told of the picture is its caption and nothing more.
+    again = unclip(PROMPTS, embed="none", **{**options, "prior_steps": 1, "num_candidates": 1})
+    assert torch.equal(none.images, again.images)
+    pictures = [output.images for output in (drawn, text, none)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (pictures[one] - pictures[other]).abs().max() > 0.01
+    # At a scale of 0 nothing at all is followed.
+    off = bare(PROMPTS, embed="none", guidance_scale=0.0, **options)
+    swapped = bare(PROMPTS[::-1], embed="none", guidance_scale=0.0, **options)
+    torch.testing.assert_close(off.images, swapped.images, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="this model has no prior, so image_embed must be given"):
+        bare(PROMPTS, **options)
+    mute = UnCLIP(None, None, unclip.decoder)
+    with pytest.raises(ValueError, match="embed must be 'prior' for no CLIP; got 'text'"):
+        mute(PROMPTS, embed="text", **options)
+
+
 def test_size_stops_early(unclip: UnCLIP, drawn: CascadeOutput) -> None:
     small = unclip(PROMPTS, num_images=2, seed=5, size=16, **FAST)
     assert list(small.by_size) == [16]
@@ -154,6 +183,8 @@ def test_a_prompt_that_is_too_long_names_what_was_cut(unclip: UnCLIP) -> None:
         ({"sampler": "dimm"}, "^sampler must be one of .*; got 'dimm': did you mean 'ddim'"),
         ({"prior_sampler": "plms"}, "^prior_sampler must be one of ddpm, ddim"),
         ({"upsampler_sampler": "x"}, "^upsampler_sampler must be one of ddpm, ddim"),
+        ({"embed": "image"}, "embed must be one of prior, text, none; got 'image'"),
+        ({"prompts": None, "embed": "none"}, "embed must be 'prior' for no caption; got 'none'"),
         ({"best_of": 0}, "best_of must be at least 1; got 0: use 1"),
         ({"negative_prompt": " "}, "negative_prompt must not be empty"),
         ({"prompts": "a star::"}, "a number above 0 behind it; got '' behind 'a star'"),

@@ -180,6 +180,9 @@ def test_a_model_is_swept(
     assert scales == [1.0, 3.0]
     main([*flags, "--values", "2"])
     assert [row["guidance"] for row in table(out)] == ["1.0", "2.0", "3.0"]
+    other = [str(tmp_path / "embeds") if flag == str(out) else flag for flag in flags]
+    main([*other, "--axis", "embed", "--values", "prior", "text", "none"])
+    assert len({row["clip_score"] for row in table(tmp_path / "embeds")}) == 3
     for bad, message in (
         (["--values", "1", "--seed", "5"], "seed is 0 and not 5"),
         (["--values", "-1"], "guidance_scale must not be negative"),

@@ -63,7 +63,7 @@ class Conditions:
     and leaves the rest."""
 
     image_embed: Tensor | None = None
-    """[B, D] CLIP's."""
+    """[B, D] CLIP's; None: a decoder has the captions alone."""
     text: TextConditioning | None = None
     """What CLIP says of the captions; None: no captions."""
     empty: TextConditioning | None = None
@@ -324,8 +324,16 @@ class DecoderStage(PictureStage):
         is to be stayed away from."""
         image_embed, text, empty = conditions.image_embed, conditions.text, conditions.empty
         negative = conditions.negative
+        no_image = None
         if image_embed is None:
-            raise ValueError("image_embed must be given to a decoder; got None: draw it by a prior")
+            if text is None:
+                raise ValueError(
+                    "image_embed must be given to a decoder that is given no text; got None: draw "
+                    "it by a prior"
+                )
+            width = self.config.network.image_embed_dim
+            image_embed = torch.zeros_like(text.text_embed[:, :1]).expand(-1, width)
+            no_image = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
         everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
         away, no_text, null = None, None, None
         if negative is not None:
@@ -338,7 +346,7 @@ class DecoderStage(PictureStage):
                 if away is None
                 else self.encode_context(image_embed, away, everything, empty=empty)
             )
-        return self.encode_context(image_embed, text, None, no_text, empty), null
+        return self.encode_context(image_embed, text, no_image, no_text, empty), null
 
 
 class UpsamplerStage(PictureStage):

@@ -244,10 +244,9 @@ class Text2ImageConfig:
         default_factory=lambda: ShapesConfig(split="held_out", caption_detail="full")
     )
     """Whose captions: held-out combinations, all named, unless told otherwise."""
-    embed: Literal["prior", "true", "text", "mean"] = "prior"
-    """What the decoder is given beside the caption: the prior's sample; the true picture's
-    image_embed, which measures the decoder alone; or a prior's baselines, the text_embed and the
-    mean of the true ones."""
+    given: Literal["true", "mean"] | None = None
+    """What the decoder is given instead of `embed`: the true picture's image_embed, which measures
+    the decoder alone, or the mean of the true ones, which says nothing of the picture."""
     batch_size: int = 25
     """Pictures at a time."""
     device: str = "cpu"
@@ -266,18 +265,16 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
     drawn_scenes = (draw_scene(config.world, k) for k in range(config.num))
     scenes, captions = zip(*drawn_scenes, strict=True)
     image_embed, clip = None, pipe.clip
-    if config.embed != "prior" and clip is None:
-        raise ValueError(
-            f"embed must be 'prior' for a model without a CLIP; got {config.embed!r} for "
-            f"{config.model}: leave it out"
-        )
-    if config.embed == "text" and clip is not None:
-        image_embed = clip.encode_text([caption.text for caption in captions]).text_embed
-    elif config.embed in ("true", "mean") and clip is not None:
+    if config.given is not None:
+        if clip is None:
+            raise ValueError(
+                f"given must be null for a model without a CLIP; got {config.given!r} for "
+                f"{config.model}: leave it out"
+            )
         pictures = _true_pictures(scenes, clip.required_image_size())
         parts = [clip.encode_image(p.to(clip.device)) for p in pictures.split(100)]
         image_embed = torch.cat(parts)
-        if config.embed == "mean":
+        if config.given == "mean":
             image_embed = image_embed.mean(0)
     drawn = pipe(
         [caption.text for caption in captions],
@@ -289,7 +286,7 @@ def text2image(config: Text2ImageConfig) -> dict[str, Any]:
     oracle, tables = Oracle.load(), {}
     for size, pictures in drawn.by_size.items():
         tables[f"{size}px"] = table = score(pictures, scenes, captions, oracle)
-        print(format_table(table, f"{size} px, {config.embed}"), flush=True)
+        print(format_table(table, f"{size} px, {config.given or config.cascade.embed}"), flush=True)
     return {"settings": to_dict(config), "tables": tables, "seconds": drawn.seconds}
 
 

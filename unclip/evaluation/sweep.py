@@ -23,6 +23,7 @@ from unclip.training.consolidate import consolidate
 from unclip.training.parallel import patient_accelerator
 
 CASCADE = {
+    "embed": "embed",
     "guidance": "guidance_scale",
     "steps": "decoder_steps",
     "sampler": "sampler",
@@ -38,8 +39,8 @@ class SweepConfig(EvaluateConfig):
     """A protocol, what is measured by it, and what is varied."""
 
     axis: Axis
-    """The decoder's guidance, steps or sampler; the prior (a model or run to take it from); how
-    many candidates it draws; or the model, a checkpoint each:
+    """The decoder's guidance, steps or sampler; what it is given for an image embedding; the prior
+    (a model or run to take it from); how many candidates it draws; or the model, a checkpoint each:
     `runs/decoder/checkpoints/step-0001000`, or the folder of any model."""
     values: tuple[str, ...]
     """Of the axis."""

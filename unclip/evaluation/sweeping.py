@@ -29,7 +29,7 @@ from unclip.evaluation.results import (
     read_sweep,
 )
 
-Axis = Literal["guidance", "steps", "sampler", "prior", "candidates", "checkpoint"]
+Axis = Literal["guidance", "steps", "sampler", "embed", "prior", "candidates", "checkpoint"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 NUMBERS: dict[str, type] = {"guidance": float, "steps": int, "candidates": int}
 """Axes whose values are numbers; the others' are names."""

@@ -24,6 +24,7 @@ from unclip.hub import Stages, check_stages, load_stages, publish, save_stages
 from unclip.pipeline.checks import (
     captions_and_given,
     check_best_of,
+    check_embed,
     check_inpainting,
     check_steps,
 )
@@ -250,13 +251,15 @@ class UnCLIP:
         chosen = self._options(options)
         check_steps(self.stages, chosen)
         check_best_of(self.stages, chosen, prompts)
+        if image_embed is None and low_res is None:
+            check_embed(self.stages, chosen, prompts)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1; got {num_images}: use 1")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
         check_inpainting(self.stages, image, repaint, resampling, chosen)
         captions, given = captions_and_given(
-            self.stages, prompts, image_embed, x_T, low_res, num_images
+            self.stages, prompts, image_embed, x_T, low_res, num_images, chosen.embed
         )
         count = len(captions)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)
@@ -336,10 +339,19 @@ class UnCLIP:
     ) -> Conditions:
         """The conditions with an image_embed, drawn if need be, and the decoder's pictures."""
         if conditions.image_embed is None and isinstance(self.decoder, DecoderStage):
-            embeds = self._embeds(conditions, seeds, run, attempt)
+            embeds = self._image_embed(conditions, seeds, run, attempt)
             conditions = replace(conditions, image_embed=embeds)
         images = self._drawn(self.decoder, conditions, seeds, run, x_T, attempt)
         return replace(conditions, low_res=images)
+
+    def _image_embed(
+        self, conditions: Conditions, seeds: list[int], run: Run, attempt: str
+    ) -> Tensor | None:
+        """What the decoder is given, [B, D]; None leaves it the captions alone."""
+        if run.options.embed == "prior":
+            return self._embeds(conditions, seeds, run, attempt)
+        assert conditions.text is not None
+        return conditions.text.text_embed if run.options.embed == "text" else None
 
     def _embeds(
         self, conditions: Conditions, seeds: list[int], run: Run, attempt: str = ""

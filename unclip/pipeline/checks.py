@@ -52,6 +52,27 @@ def check_steps(stages: Stages, options: CascadeOptions) -> None:
         )
 
 
+def check_embed(stages: Stages, options: CascadeOptions, prompts: object) -> None:
+    """Raise ValueError where the decoder cannot do without a prior's embedding."""
+    if options.embed == "prior":
+        return
+    decoder = stages.decoder
+    network = decoder.config.network if isinstance(decoder, DecoderStage) else None
+    fault = None
+    if network is None:
+        fault = "GLIDE's decoder, which reads captions alone as it is"
+    elif stages.clip is None or prompts is None:
+        fault = "no CLIP" if stages.clip is None else "no caption"
+    elif (
+        options.embed == "none"
+        and network.text_encodings_dim is None
+        and network.text_embed_dim is None
+    ):
+        fault = "a decoder that reads no caption"
+    if fault is not None:
+        raise ValueError(f"embed must be 'prior' for {fault}; got {options.embed!r}: leave it out")
+
+
 def check_best_of(stages: Stages, options: CascadeOptions, prompts: object) -> None:
     """Raise ValueError where there is nothing to choose the best by."""
     if options.best_of == 1:
@@ -100,6 +121,7 @@ def captions_and_given(
     x_T: Tensor | None,
     low_res: Tensor | None,
     num_images: int,
+    embed: str = "prior",
 ) -> tuple[list[str | None], dict[str, Tensor]]:
     """The caption of each picture, and what else was given, of B pictures each."""
     if isinstance(stages.decoder, GlideStage) and (prompts is None or image_embed is not None):
@@ -113,6 +135,7 @@ def captions_and_given(
         image_embed is None
         and low_res is None
         and stages.prior is None
+        and embed == "prior"
         and isinstance(stages.decoder, DecoderStage)
     ):
         raise ValueError(

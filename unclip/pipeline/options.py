@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from unclip.clip import split_weights
 from unclip.diffusion import DiffusionConfig, GuidanceLimits, make_scheduler
@@ -14,6 +14,10 @@ from unclip.priors import KINDS, PriorOptions
 class CascadeOptions:
     """How a picture is drawn; with its caption and its seed, all that decides its pixels."""
 
+    embed: Literal["prior", "text", "none"] = "prior"
+    """What the decoder is given for an image embedding (paper, section 5.1): what the prior draws;
+    text_embed in its place; or none, which leaves the caption alone. A prior's options then have no
+    say."""
     guidance_scale: float = 3.0
     """Of the decoder, 0 or more; 1 is off."""
     prior_guidance_scale: float = 1.0
@@ -55,6 +59,8 @@ class CascadeOptions:
     """Side to stop at, px: the decoder's or an upsampler's; None: the largest."""
 
     def __post_init__(self) -> None:
+        if self.embed not in (kinds := ("prior", "text", "none")):
+            raise ValueError(f"embed must be one of {', '.join(kinds)}; got {self.embed!r}")
         for name in ("guidance_scale", "prior_guidance_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
