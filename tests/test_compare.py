@@ -165,6 +165,25 @@ def test_without_features_a_distance_has_no_interval(tmp_path: Path) -> None:
 # --- protocols, and the command -------------------------------------------------------------------
 
 
+def test_the_same_data_may_lie_elsewhere(tmp_path: Path) -> None:
+    def result(name: str, captions: list[str], reference: str) -> Result:
+        settings = {"reference_sha256": reference}
+        fd = {"value": 1.0, "better": "lower", "count": 4, "settings": settings}
+        protocol = {"captions": {"data": f"{name}/x"}, "reference": {"data": f"{name}/y"}}
+        more = {"captions": captions, "metrics": {"fd_clip": fd}, "protocol": protocol}
+        return scored(tmp_path / name, NOISE[:4], **more)
+
+    own, other = [f"a cat {k}" for k in range(4)], [f"a dog {k}" for k in range(4)]
+    here = result("here", own, "r")
+    assert compare(here, result("there", own, "r")).measured_by == {}
+    for name, captions, reference, key in (
+        ("dogs", other, "r", "captions.data"),
+        ("more", own, "s", "reference.data"),
+    ):
+        with pytest.raises(ValueError, match=f"differ in {key}"):
+            compare(here, result(name, captions, reference))
+
+
 def test_protocols_that_measure_differently_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,7 @@ def compare(
             f"drawn; they differ in {spelled(measured_by)}: measure both by one protocol, or "
             "compare them --anyway"
         )
-    paired = [(s.id, s.caption) for s in a.samples] == [(s.id, s.caption) for s in b.samples]
+    paired = _drawn_captions(a) == _drawn_captions(b)
     differences = []
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         count = distance_resamples if name not in (*a.scores, *b.scores) else resamples
@@ -132,11 +132,26 @@ def protocol_differences(
     measured."""
     drawn_by: dict[str, tuple[Any, Any]] = {}
     measured_by: dict[str, tuple[Any, Any]] = {}
+    # The same data may lie elsewhere; R-precision states the hash of all captions, drawn or not.
+    no_matter = {*NO_MATTER}
+    if _drawn_captions(a) == _drawn_captions(b):
+        no_matter.add("captions.data")
+    if len(hashes := _reference_hashes(a)) == 1 and hashes == _reference_hashes(b):
+        no_matter.add("reference.data")
     for key, pair in differing(a.protocol, b.protocol).items():
         section = key.split(".")[0]
-        if section not in NO_MATTER:
+        if not {section, key} & no_matter:
             (drawn_by if section in DRAWN_BY else measured_by)[key] = pair
     return drawn_by, measured_by
+
+
+def _drawn_captions(result: Result) -> list[tuple[str, str]]:
+    return [(sample.id, sample.caption) for sample in result.samples]
+
+
+def _reference_hashes(result: Result) -> set[str]:
+    settings = [metric.settings for metric in result.metrics.values()]
+    return {said["reference_sha256"] for said in settings if "reference_sha256" in said}
 
 
 def spelled(differences: dict[str, tuple[Any, Any]]) -> str:

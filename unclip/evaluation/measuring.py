@@ -16,7 +16,7 @@ from unclip.data.oracle import Oracle
 from unclip.data.shapes import draw_scene
 from unclip.evaluation import metrics as maths
 from unclip.evaluation import prior as prior_alone
-from unclip.evaluation.captions import Item, shapes_index
+from unclip.evaluation.captions import Item, list_sha256, shapes_index
 from unclip.evaluation.drawing import image_name
 from unclip.evaluation.encoders import (
     BATCH,
@@ -406,7 +406,12 @@ class Measuring:
         self.out.scores["r_precision"] = hits
         return {
             **_share(hits),
-            "settings": {"captions": s.r_precision_captions, "pool": len(pool), "seed": s.seed},
+            "settings": {
+                "captions": s.r_precision_captions,
+                "pool": len(pool),
+                "pool_sha256": list_sha256(self.captions),
+                "seed": s.seed,
+            },
         }
 
     def _lpips_diversity(self) -> dict[str, Any]:
