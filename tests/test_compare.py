@@ -9,9 +9,11 @@ import pytest
 import torch
 from result_folders import spoil, write_result
 
-from unclip.evaluation.compare import cmmd_to, compare, frechet_to, main
+from unclip.evaluation import metrics
+from unclip.evaluation.compare import compare, main
 from unclip.evaluation.intervals import percentile_interval, resampled
 from unclip.evaluation.prior import frechet_distance
+from unclip.evaluation.redrawn import cmmd_to, frechet_to, kid_to, precision_to, recall_to
 from unclip.evaluation.results import Result, read_result
 
 RNG = np.random.default_rng(0)
@@ -105,7 +107,7 @@ def test_what_was_not_computed_or_otherwise_is_said(tmp_path: Path) -> None:
     b = scored(tmp_path / "b", NOISE, metrics=null | kid)
     assert only(a, b, "fid").note == "not computed for either"
     assert only(a, b, "kid").difference == 0, "its deviation is an outcome, no setting"
-    assert "it is not resampled" in only(a, b, "kid").note
+    assert "holds no features of inception" in only(a, b, "kid").note
     metric = replace(b.metrics["clip_score"], weights={"clip": "1" * 64})
     other = replace(b, metrics={**b.metrics, "clip_score": metric})
     assert only(a, other).difference is None
@@ -140,6 +142,31 @@ def test_the_distances_are_those_of_the_metrics() -> None:
         assert cmmd_to(real, drawn)(rows) == pytest.approx(expected, abs=1e-8)
 
 
+def test_kid_precision_and_recall_are_those_of_the_metrics() -> None:
+    rng = np.random.default_rng(3)
+    drawn, real = rng.normal(0.3, size=(60, 4)), rng.normal(size=(60, 4))
+    tensors = torch.from_numpy(drawn), torch.from_numpy(real)
+    kid, _ = metrics.kid(*tensors, subsets=1, subset_size=60)
+    every = np.arange(60)
+    assert kid_to(real, drawn)(every) == pytest.approx(kid, rel=1e-6)
+    precision, recall = metrics.precision_recall(*tensors)
+    assert precision_to(real, drawn, 3)(every) == pytest.approx(precision)
+    assert recall_to(real, drawn, 3)(every) == pytest.approx(recall)
+
+
+def test_a_picture_drawn_twice_is_no_pair_and_no_neighbour() -> None:
+    rng = np.random.default_rng(6)
+    drawn, real = rng.normal(size=(30, 4)), rng.normal(size=(40, 4))
+    half, twice = np.arange(15), np.repeat(np.arange(15), 2)
+    for statistic in (kid_to(real, drawn), recall_to(real, drawn, 3)):
+        assert statistic(twice) == pytest.approx(statistic(half))
+    # So KID's resamples lie around its value: with copies for pairs they would lie above.
+    far = rng.normal(1.0, size=(200, 4))
+    kid = kid_to(real, far)
+    found = resampled(kid, 200, resamples=300)
+    assert abs(found.mean() - kid(np.arange(200))) < 0.2 * found.std()
+
+
 def test_distances_are_resampled_over_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     real, drawn = rng.normal(size=(300, 4)), rng.normal(size=(200, 4))
@@ -152,6 +179,36 @@ def test_distances_are_resampled_over_features(tmp_path: Path) -> None:
     assert found.interval[0] < 4.0 < found.interval[1], "|shift|^2 in four dimensions"
     assert only(a, near, "fd_clip").interval[0] < only(a, near, "fd_clip").difference
     assert "not asked for" in only(a, far, "fd_clip", distance_resamples=0).note
+
+
+def test_what_is_made_up_and_what_is_missing_have_intervals(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    real = rng.normal(size=(150, 3))
+
+    def result(name: str, drawn: np.ndarray) -> Result:
+        sets = torch.from_numpy(drawn), torch.from_numpy(real)
+        values = dict(zip(("precision", "recall"), metrics.precision_recall(*sets), strict=True))
+        values["inception_score"] = 3.0
+        known = {"better": "higher", "count": len(drawn), "settings": {"neighbours": 3}}
+        return read_result(
+            write_result(
+                tmp_path / name,
+                {"clip_score": [1.0] * len(drawn)},
+                features={"clip": {"features": drawn, "reference": real}},
+                metrics={key: {**known, "value": value} for key, value in values.items()},
+                protocol={"settings": {"precision_recall_encoder": "clip"}},
+            )
+        )
+
+    all_of_it = result("all", rng.normal(size=(150, 3)))
+    one_mode = result("mode", 0.1 * rng.normal(size=(150, 3)))
+    wild = result("wild", 3 * rng.normal(size=(150, 3)))
+    assert only(all_of_it, one_mode, "recall").verdict == "A"
+    assert only(all_of_it, wild, "precision").verdict == "A"
+    for name in ("precision", "recall"):
+        found = only(all_of_it, wild, name)
+        assert found.interval[0] < found.difference < found.interval[1]
+    assert "it is not resampled" in only(all_of_it, wild, "inception_score").note
 
 
 def test_without_features_a_distance_has_no_interval(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ import numpy as np
 from unclip.checkpoint import written_file
 from unclip.config import one_line_errors
 from unclip.evaluation.intervals import percentile_interval, resampled
+from unclip.evaluation.redrawn import (
+    Statistic,
+    cmmd_to,
+    frechet_to,
+    kid_to,
+    precision_to,
+    recall_to,
+)
 from unclip.evaluation.results import Metric, Result, differing, read_result
 
 RESAMPLES = 1000
@@ -36,8 +44,8 @@ NO_MATTER = ("name", "metrics")
 """but for these: metrics are held against each other one by one."""
 OUTCOMES = ("std",)
 """Of a metric's settings: what came out."""
-KERNEL_LIMIT = 5000
-"""Pictures whose kernel, of all pairs, is kept in memory."""
+PAIRS_LIMIT = 5000
+"""Pictures of which something is kept in memory for all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +212,12 @@ def _measured_by(metric: Metric) -> dict[str, Any]:
     return {"settings": settings, "weights": metric.weights}
 
 
-Statistic = Callable[[np.ndarray], float]
-
-
 def _statistic(name: str, result: Result) -> Statistic | str:
     """A metric as a function of the rows of the pictures it is computed from, or why there is
     none."""
     value = result.metrics[name].value
     assert value is not None
-    found = _mean(name, result) if name in result.scores else _distance(name, result)
+    found = _mean(name, result) if name in result.scores else _of_sets(name, result)
     if isinstance(found, str):
         return found
     again = found(np.arange(len(result.samples)))
@@ -231,75 +236,36 @@ def _mean(name: str, result: Result) -> Statistic:
     return mean
 
 
-def _distance(name: str, result: Result) -> Statistic | str:
-    encoder = {"fid": "inception", "cmmd": "clip"}.get(name, name.removeprefix("fd_"))
-    if name not in ("fid", "cmmd") and not name.startswith("fd_"):
+def _of_sets(name: str, result: Result) -> Statistic | str:
+    encoder = _encoder(name, result)
+    if encoder is None:
         return "it is not resampled"
     if encoder not in result.encoders:
         return f"{result.folder} holds no features of {encoder}"
     features, reference = result.features(encoder)
     if reference is None:
         return f"{result.folder} holds no features of the reference"
-    if name != "cmmd":
+    if name == "fid" or name.startswith("fd_"):
         return frechet_to(reference, features)
-    if max(len(features), len(reference)) > KERNEL_LIMIT:
-        return f"a kernel of more than {KERNEL_LIMIT} pictures is not resampled"
+    if max(len(features), len(reference)) > PAIRS_LIMIT:
+        return f"it is of all pairs, and more than {PAIRS_LIMIT} pictures are not resampled"
     settings = result.metrics[name].settings
-    return cmmd_to(reference, features, settings.get("sigma", 10), settings.get("scale", 1000))
+    if name == "kid":
+        return kid_to(reference, features)
+    if name == "cmmd":
+        return cmmd_to(reference, features, settings.get("sigma", 10), settings.get("scale", 1000))
+    of_reach = precision_to if name == "precision" else recall_to
+    return of_reach(reference, features, settings.get("neighbours", 3))
 
 
-def frechet_to(reference: np.ndarray, features: np.ndarray) -> Statistic:
-    """The Frechet distance between rows of `features` [N, D] and a reference [M, D].
-
-    As `frechet_distance`, with what the reference alone decides computed once: the eigenvalues of
-    C_r^(1/2) C C_r^(1/2) are the squared singular values of the centred rows times C_r^(1/2).
-    """
-    mean = reference.mean(0, dtype=np.float64)
-    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(reference - mean, rowvar=False)))
-    values = values.clip(min=0)
-    drawn = features - mean
-    seen_through = drawn @ (vectors * np.sqrt(values)) @ vectors.T
-    squares = np.square(drawn).sum(1)
-
-    def distance(rows: np.ndarray) -> float:
-        # A picture that was drawn several times has a weight instead of several rows.
-        times = np.bincount(rows, minlength=len(drawn))
-        there, unbiased = times > 0, len(rows) / (len(rows) - 1)
-        share = times[there] / len(rows)
-        offset = np.square(share @ drawn[there]).sum()
-        spread = unbiased * (share @ squares[there] - offset)
-        seen = seen_through[there]
-        seen = (seen - share @ seen) * np.sqrt(unbiased * share)[:, None]
-        small = seen @ seen.T if len(seen) < len(mean) else seen.T @ seen
-        overlap = np.sqrt(np.linalg.eigvalsh(small).clip(min=0)).sum()
-        return float(offset + spread + values.sum() - 2 * overlap)
-
-    return distance
-
-
-def cmmd_to(
-    reference: np.ndarray, features: np.ndarray, sigma: float = 10.0, scale: float = 1000.0
-) -> Statistic:
-    """CMMD (Jayasumana et al. 2024) between rows of `features` [N, D] and a reference [M, D]:
-    `scale` times the biased squared MMD of a Gaussian kernel over unit embeddings, whose kernel of
-    all pairs is computed once."""
-    real, drawn = (
-        x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
-        for x in (reference, features)
-    )
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        # Of unit vectors |a - b|^2 = 2 - 2 a b.
-        return np.exp((x @ y.T - 1) / sigma**2)
-
-    within, across = kernel(drawn, drawn), kernel(drawn, real).mean(1)
-    among = kernel(real, real).mean()
-
-    def distance(rows: np.ndarray) -> float:
-        share = np.bincount(rows, minlength=len(drawn)) / len(rows)
-        return float(scale * (share @ within @ share + among - 2 * share @ across))
-
-    return distance
+def _encoder(name: str, result: Result) -> str | None:
+    """Whose features a metric of two sets is made of; None for other metrics."""
+    if name in ("precision", "recall"):
+        settings = result.protocol.get("settings") or {}
+        return settings.get("precision_recall_encoder", "inception")
+    if name.startswith("fd_"):
+        return name.removeprefix("fd_")
+    return {"fid": "inception", "kid": "inception", "cmmd": "clip"}.get(name)
 
 
 # --- python -m unclip.evaluation.compare ----------------------------------------------------------
