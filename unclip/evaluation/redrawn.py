@@ -95,7 +95,7 @@ def precision_to(reference: np.ndarray, features: np.ndarray, neighbours: int) -
     """Precision (Kynkaanniemi et al. 2019): the share of drawn pictures within reach of a real one,
     which reaches as far as its so-manieth neighbour."""
     reach = _reach(_distances(reference, reference), neighbours)
-    within: np.ndarray = (_distances(features, reference) <= reach).any(1)
+    within = np.any(_distances(features, reference) <= reach, axis=1)
     return lambda rows: float(within[rows].mean())
 
 
@@ -106,7 +106,7 @@ def recall_to(reference: np.ndarray, features: np.ndarray, neighbours: int) -> S
     def recall(rows: np.ndarray) -> float:
         there = np.unique(rows)
         reach = _reach(among[np.ix_(there, there)], neighbours)
-        return float((across[:, there] <= reach).any(1).mean())
+        return float(np.any(across[:, there] <= reach, axis=1).mean())
 
     return recall
 
