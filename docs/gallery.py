@@ -173,10 +173,7 @@ def draw_prompts(model: UnCLIP, scenes: dict[str, Tensor]) -> None:
     images, labels = [], []
     for prompt, more in (
         ("a circle in the middle", {}),
-        (
-            "a circle in the middle",
-            {"negative_prompt": "a yellow circle", "prior_guidance_scale": 3.0},
-        ),
+        ("a circle in the middle", {"negative_prompt": "yellow", "prior_guidance_scale": 3.0}),
         ("a red circle::2 a blue circle::1", {}),
         ("a red circle::1 a blue circle::2", {}),
     ):
