@@ -324,16 +324,16 @@ class DecoderStage(PictureStage):
         is to be stayed away from."""
         image_embed, text, empty = conditions.image_embed, conditions.text, conditions.empty
         negative = conditions.negative
-        no_image = None
+        alone = image_embed is None
         if image_embed is None:
             if text is None:
                 raise ValueError(
                     "image_embed must be given to a decoder that is given no text; got None: draw "
                     "it by a prior"
                 )
+            # Of the right shape; it is dropped.
             width = self.config.network.image_embed_dim
-            image_embed = torch.zeros_like(text.text_embed[:, :1]).expand(-1, width)
-            no_image = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
+            image_embed = text.text_embed.new_zeros(len(text.text_embed), width)
         everything = torch.ones(len(image_embed), dtype=torch.bool, device=image_embed.device)
         away, no_text, null = None, None, None
         if negative is not None:
@@ -346,6 +346,7 @@ class DecoderStage(PictureStage):
                 if away is None
                 else self.encode_context(image_embed, away, everything, empty=empty)
             )
+        no_image = everything if alone else None
         return self.encode_context(image_embed, text, no_image, no_text, empty), null
 
 

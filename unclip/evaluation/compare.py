@@ -116,14 +116,14 @@ def compare(
     """
     if min(resamples, distance_resamples) < 0:
         raise ValueError(f"resamples must not be negative; got {resamples}, {distance_resamples}")
-    drawn_by, measured_by = protocol_differences(a, b)
+    paired = [(s.id, s.caption) for s in a.samples] == [(s.id, s.caption) for s in b.samples]
+    drawn_by, measured_by = protocol_differences(a, b, paired)
     if measured_by and not anyway:
         raise ValueError(
             f"the protocols of {a.folder} and {b.folder} must be the same but for how pictures are "
             f"drawn; they differ in {spelled(measured_by)}: measure both by one protocol, or "
             "compare them --anyway"
         )
-    paired = _drawn_captions(a) == _drawn_captions(b)
     differences = []
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         count = distance_resamples if name not in (*a.scores, *b.scores) else resamples
@@ -134,7 +134,7 @@ def compare(
 
 
 def protocol_differences(
-    a: Result, b: Result
+    a: Result, b: Result, paired: bool
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
     """What differs between two protocols: in how pictures are drawn, and in how they are
     measured."""
@@ -142,7 +142,7 @@ def protocol_differences(
     measured_by: dict[str, tuple[Any, Any]] = {}
     # The same data may lie elsewhere; R-precision states the hash of all captions, drawn or not.
     no_matter = {*NO_MATTER}
-    if _drawn_captions(a) == _drawn_captions(b):
+    if paired:
         no_matter.add("captions.data")
     if len(hashes := _reference_hashes(a)) == 1 and hashes == _reference_hashes(b):
         no_matter.add("reference.data")
@@ -151,10 +151,6 @@ def protocol_differences(
         if not {section, key} & no_matter:
             (drawn_by if section in DRAWN_BY else measured_by)[key] = pair
     return drawn_by, measured_by
-
-
-def _drawn_captions(result: Result) -> list[tuple[str, str]]:
-    return [(sample.id, sample.caption) for sample in result.samples]
 
 
 def _reference_hashes(result: Result) -> set[str]:

@@ -259,7 +259,7 @@ class UnCLIP:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}: use 8")
         check_inpainting(self.stages, image, repaint, resampling, chosen)
         captions, given = captions_and_given(
-            self.stages, prompts, image_embed, x_T, low_res, num_images, chosen.embed
+            self.stages, prompts, image_embed, x_T, low_res, num_images
         )
         count = len(captions)
         seeds = [seed + k for k in range(count)] if isinstance(seed, int) else list(seed)

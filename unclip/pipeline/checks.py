@@ -53,10 +53,15 @@ def check_steps(stages: Stages, options: CascadeOptions) -> None:
 
 
 def check_embed(stages: Stages, options: CascadeOptions, prompts: object) -> None:
-    """Raise ValueError where the decoder cannot do without a prior's embedding."""
-    if options.embed == "prior":
-        return
+    """Raise ValueError where the decoder's image embedding cannot be had as the options say."""
     decoder = stages.decoder
+    if options.embed == "prior":
+        if stages.prior is None and isinstance(decoder, DecoderStage) and prompts is not None:
+            raise ValueError(
+                "this model has no prior, so image_embed must be given; got None: embed a picture "
+                "with clip.encode_image, or load the model with prior=<a model that has one>"
+            )
+        return
     network = decoder.config.network if isinstance(decoder, DecoderStage) else None
     fault = None
     if network is None:
@@ -121,7 +126,6 @@ def captions_and_given(
     x_T: Tensor | None,
     low_res: Tensor | None,
     num_images: int,
-    embed: str = "prior",
 ) -> tuple[list[str | None], dict[str, Tensor]]:
     """The caption of each picture, and what else was given, of B pictures each."""
     if isinstance(stages.decoder, GlideStage) and (prompts is None or image_embed is not None):
@@ -131,17 +135,6 @@ def captions_and_given(
         )
     if prompts is None and image_embed is None and low_res is None:
         raise ValueError("prompts must be given where image_embed is not; got neither")
-    if (
-        image_embed is None
-        and low_res is None
-        and stages.prior is None
-        and embed == "prior"
-        and isinstance(stages.decoder, DecoderStage)
-    ):
-        raise ValueError(
-            "this model has no prior, so image_embed must be given; got None: embed a picture "
-            "with clip.encode_image, or load the model with prior=<a model that has one>"
-        )
     captions: list[str | None]
     if prompts is None:
         first, single = (image_embed, 1) if image_embed is not None else (low_res, 3)

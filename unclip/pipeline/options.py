@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from unclip.clip import split_weights
 from unclip.diffusion import DiffusionConfig, GuidanceLimits, make_scheduler
 from unclip.priors import KINDS, PriorOptions
+
+Embed = Literal["prior", "text", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeOptions:
     """How a picture is drawn; with its caption and its seed, all that decides its pixels."""
 
-    embed: Literal["prior", "text", "none"] = "prior"
+    embed: Embed = "prior"
     """What the decoder is given for an image embedding (paper, section 5.1): what the prior draws;
     text_embed in its place; or none, which leaves the caption alone. A prior's options then have no
     say."""
@@ -59,8 +61,9 @@ class CascadeOptions:
     """Side to stop at, px: the decoder's or an upsampler's; None: the largest."""
 
     def __post_init__(self) -> None:
-        if self.embed not in (kinds := ("prior", "text", "none")):
-            raise ValueError(f"embed must be one of {', '.join(kinds)}; got {self.embed!r}")
+        if self.embed not in get_args(Embed):
+            known = ", ".join(get_args(Embed))
+            raise ValueError(f"embed must be one of {known}; got {self.embed!r}")
         for name in ("guidance_scale", "prior_guidance_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
